@@ -1,0 +1,1 @@
+"""The CPU backend: Numba kernels that read codes straight into the dot product, as the GPU kernels do."""

@@ -1,0 +1,215 @@
+"""The CPU backend's face: the same `attend` as the reference, with compiled kernels spread over the cores.
+
+Decoding sequences read codes straight into the dot product; a prompt chunk dequantises the pages before it once and
+multiplies with BLAS.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gear_compression.cpu.decode import KernelLayout, decode
+from gear_compression.cpu.dequantize import dequantize
+from gear_compression.cpu.rows import Slab
+from gear_compression.cpu.seal import seal
+from gear_compression.layout import Layout
+from gear_compression.paged import OpenRows, PagedBatch, Segment, exact_page, open_runs, segments
+from gear_compression.reference.low_rank import start_matrix
+from gear_compression.reference.rotation import hadamard
+
+MIN_TOKENS_PER_THREAD = 2048  # of one head's context: below that, waking a thread costs more than it saves
+
+
+@functools.cache
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="gear-cpu")
+
+
+def spread(kernel: Callable[..., None], items: NDArray[np.int64], num_tokens: int, *args: object) -> None:
+    """Run `kernel(items, *args)` over slices of items [M, 2], one a core; the kernels let go of the GIL."""
+    num_slices = min(torch.get_num_threads(), len(items), max(1, num_tokens // MIN_TOKENS_PER_THREAD))
+    if num_slices <= 1:
+        kernel(items, *args)
+        return
+    slices = np.array_split(items, num_slices)
+    futures = [_threads(num_slices).submit(kernel, part, *args) for part in slices[1:]]
+    kernel(slices[0], *args)
+    for future in futures:
+        future.result()
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPlan:
+    """What all layers of a step share."""
+
+    batch: PagedBatch
+    open_rows: OpenRows
+    filled: list[Segment]  # pages that this step seals
+    chunks: list[list[Segment]]  # of each sequence with more than one token
+    decode_items: NDArray[np.int64]  # [M, 2] (sequence, KV head)
+    decode_tokens: int  # of context, over all items
+    page_table: NDArray[np.int64]
+    open_slots: NDArray[np.int64]
+    context_len: NDArray[np.int64]
+    rows: NDArray[np.int64]  # [N] first row of each sequence
+
+
+class CpuBackend:
+    """Reads and writes the pool `slab` [num_slots, page_bytes] uint8 with compiled kernels."""
+
+    name = "cpu"
+
+    def __init__(self, slab: Tensor, layout: Layout, raw_dtype: torch.dtype) -> None:
+        """`raw_dtype`: of raw pages; the open pages of a GEAR format are bf16."""
+        self.layout = layout
+        self.runs = open_runs(slab, layout, raw_dtype if layout.is_raw else torch.bfloat16)
+        flat = slab.view(-1).numpy()
+        self._slab = Slab(flat, flat.view(np.uint16), flat.view(np.float32))
+        self._kernel_layout = KernelLayout.of(layout, slab.shape[1])
+        self._rotation = hadamard(layout.head_dim)
+        self._key_start, self._value_start = (
+            start_matrix(layout.page_size, part.rank).T.contiguous().numpy()
+            for part in (self._kernel_layout.keys, self._kernel_layout.values)
+        )
+
+    def plan(self, batch: PagedBatch) -> CpuPlan:
+        """Everything that is decided once a step, so that a layer only computes."""
+        num_new = batch.query_start.diff()
+        (decoding,) = torch.nonzero(num_new == 1, as_tuple=True)
+        heads = torch.arange(self.layout.num_kv_heads)
+        chunks: dict[int, list[Segment]] = {}
+        filled = []
+        for segment in segments(batch, self.layout.page_size):
+            if num_new[segment.sequence] > 1:
+                chunks.setdefault(segment.sequence, []).append(segment)
+            if segment.fills_page:
+                filled.append(segment)
+        return CpuPlan(
+            batch=batch,
+            open_rows=OpenRows.of(batch, self.layout),
+            filled=filled,
+            chunks=list(chunks.values()),
+            decode_items=torch.cartesian_prod(decoding, heads).numpy(),
+            decode_tokens=int(batch.context_len[decoding].sum()) * len(heads),
+            page_table=batch.page_table.numpy(),
+            open_slots=batch.open_slots.numpy(),
+            context_len=batch.context_len.numpy(),
+            rows=batch.query_start[:-1].numpy(),
+        )
+
+    def attend(
+        self,
+        plan: CpuPlan,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """q [T, Q, D], k, v [T, H, D] → [T, Q, D] float32; seals the pages that fill, appends the rest."""
+        q, k, v = q.float(), k.float(), v.float()
+        if self.layout.rotates_keys:
+            q, k = q @ self._rotation, k @ self._rotation
+        if self.layout.rotates_values:
+            v = v @ self._rotation
+        if self.runs.dtype != torch.float32:  # every path sees what the pool will hold
+            k, v = k.to(self.runs.dtype).float(), v.to(self.runs.dtype).float()
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if plan.filled:
+            self._seal(plan, layer, k, v)
+        out = torch.empty_like(q)
+        if len(plan.decode_items):
+            spread(
+                decode, plan.decode_items, plan.decode_tokens, self._slab, self._kernel_layout, layer,
+                plan.page_table, plan.open_slots, plan.context_len, plan.rows, q.numpy(), k.numpy(), v.numpy(),
+                np.float32(scaling), sliding_window or 0, np.float32(softcap or 0.0), out.numpy(),
+            )  # fmt: skip
+        for chunk in plan.chunks:
+            self._attend_chunk(plan, chunk, layer, q, k, v, scaling, sliding_window, softcap, out)
+        plan.open_rows.write(self.runs, layer, k, v)
+        return out @ self._rotation if self.layout.rotates_values else out
+
+    def _seal(self, plan: CpuPlan, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write the records of the pages that this step fills, before anything reads them."""
+        slots = [int(plan.batch.page_table[s.sequence, s.page]) for s in plan.filled]
+        pages = [torch.stack(exact_page(self.runs, plan.batch, s, layer, k, v), dim=1) for s in plan.filled]
+        if self.layout.is_raw:
+            for slot, page in zip(slots, pages, strict=True):
+                self.runs[slot, layer] = page.to(self.runs.dtype)
+            return
+        exact = torch.stack(pages).permute(2, 0, 3, 1, 4).contiguous()  # [2, P, S, H, D]
+        items = torch.cartesian_prod(torch.arange(len(slots)), torch.arange(self.layout.num_kv_heads)).numpy()
+        spread(
+            seal, items, len(items) * MIN_TOKENS_PER_THREAD, self._slab, self._kernel_layout, layer, np.array(slots),
+            exact[0].numpy(), exact[1].numpy(), np.array([s.page == 0 for s in plan.filled]),
+            self._key_start, self._value_start,
+        )  # fmt: skip
+
+    def _attend_chunk(
+        self,
+        plan: CpuPlan,
+        chunk: list[Segment],
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        out: Tensor,
+    ) -> None:
+        """Attention of one sequence's prompt chunk, page by page: earlier pages as sealed, the own page exactly."""
+        layout = self.layout
+        S, H, D = layout.page_size, layout.num_kv_heads, layout.head_dim
+        num_past = chunk[-1].page  # pages that some segment sees sealed
+        past_k, past_v = torch.empty(H, D, num_past * S), torch.empty(H, num_past * S, D)
+        if num_past:
+            items = torch.cartesian_prod(torch.arange(num_past), torch.arange(H)).numpy()
+            spread(
+                dequantize, items, num_past * S * H, self._slab, self._kernel_layout, layer,
+                plan.page_table[chunk[0].sequence, :num_past], past_k.numpy(), past_v.numpy(),
+            )  # fmt: skip
+        for segment in chunk:
+            own_k, own_v = exact_page(self.runs, plan.batch, segment, layer, k, v)
+            rows = slice(segment.row, segment.row + segment.end - segment.start)
+            past = segment.page * S
+            out[rows] = attend_segment(
+                q[rows], past_k[:, :, :past], past_v[:, :past], own_k.float(), own_v.float(),
+                scaling, sliding_window, softcap,
+            )  # fmt: skip
+
+
+def attend_segment(
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """q [m, Q, D] are the last m tokens of past and own; past_k [H, D, n], past_v [H, n, D], own [H, o, D] → [m, Q, D]."""
+    m, Q, D = q.shape
+    H, o, _ = own_k.shape
+    n = past_v.shape[1]
+    q_heads = (q * scaling).view(m, H, Q // H, D).permute(1, 2, 0, 3).reshape(H, -1, D)  # [H, G·m, D]
+    scores = torch.cat([q_heads @ past_k, q_heads @ own_k.transpose(1, 2)], dim=2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    query_at, key_at = torch.arange(n + o - m, n + o)[:, None], torch.arange(n + o)
+    hidden = key_at > query_at
+    if sliding_window is not None:
+        hidden |= key_at <= query_at - sliding_window
+    weights = scores.view(H, -1, m, n + o).masked_fill_(hidden, -torch.inf).softmax(-1).view(H, -1, n + o)
+    result = weights[:, :, :n] @ past_v + weights[:, :, n:] @ own_v
+    return result.view(H, Q // H, m, D).permute(2, 0, 1, 3).reshape(m, Q, D)

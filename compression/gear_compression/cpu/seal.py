@@ -1,0 +1,301 @@
+"""Sealing: one page and head to its record, the same steps as `reference/pages.py` in compiled loops.
+
+Sums run in another order than in the definition, so where a value lies on the edge between two codes the byte may
+differ; a page never depends on what else is sealed beside it.
+"""
+
+import numba
+import numpy as np
+
+from gear_compression.cpu.rows import from_bf16
+from gear_compression.reference.low_rank import NUM_ROUNDS
+from gear_compression.reference.rounding import TINY as _TINY
+
+TINY = np.float32(_TINY)
+EXACT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+
+
+@numba.njit(inline="always")
+def bf16_nearest(x):  # type: ignore[no-untyped-def]
+    """Bits of the nearest bf16, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16(np.uint32(bits + np.uint32(32767) + ((bits >> 16) & 1)) >> 16)
+
+
+@numba.njit(inline="always")
+def bf16_up(x):  # type: ignore[no-untyped-def]
+    """Bits of the smallest bf16 that is at least x."""
+    bits = np.float32(x).view(np.uint32)
+    high = np.uint16(bits >> 16)
+    if (bits & np.uint32(65535)) != 0 and bits < np.uint32(0x80000000):
+        high += np.uint16(1)
+    return high
+
+
+@numba.njit(inline="always")
+def bf16_down(x):  # type: ignore[no-untyped-def]
+    return bf16_up(-x) ^ np.uint16(0x8000)
+
+
+@numba.njit(**EXACT)
+def write_row(slab, at, n, bits, values):  # type: ignore[no-untyped-def]
+    """Pack values[:n], whole numbers, as codes of `bits` at byte `at` (bf16 when bits is 16)."""
+    if bits == 16:
+        for i in range(n):
+            slab.u16[at // 2 + i] = bf16_nearest(values[i])
+        return
+    low_width = bits if bits in (2, 4, 8) else bits - 1
+    write_plane(slab, at, n, low_width, 0, values)
+    if bits > low_width:
+        write_plane(slab, at + n * low_width // 8, n, 1, low_width, values)
+
+
+@numba.njit(**EXACT)
+def write_plane(slab, at, n, width, shift, values):  # type: ignore[no-untyped-def]
+    num_bytes = n * width // 8
+    mask = (1 << width) - 1
+    for j in range(num_bytes):
+        byte = 0
+        for i in range(8 // width):
+            byte |= ((int(values[i * num_bytes + j]) >> shift) & mask) << (width * i)
+        slab.u8[at + j] = byte
+
+
+@numba.njit(**EXACT)
+def select_outliers(x, num_outliers, skip, index, kept):  # type: ignore[no-untyped-def]
+    """index [o]: o/2 smallest then o/2 largest of x[skip:]; of equal entries the earlier counts as the smaller."""
+    half = num_outliers // 2
+    for i in range(num_outliers):
+        best = -1
+        for t in range(skip, x.shape[0]):
+            if not kept[t]:
+                continue
+            if best < 0 or (x[t] < x[best] if i < half else x[t] >= x[best]):
+                best = t
+        index[i] = best
+        kept[best] = False
+
+
+@numba.njit(**EXACT)
+def orthonormalize(a):  # type: ignore[no-untyped-def]
+    """Rows of a [R, S] in place: each orthogonal to those before and of length 1, 0 if nothing is left."""
+    R, S = a.shape
+    for r in range(R):
+        size = np.sqrt(np.sum(a[r] * a[r]))
+        for _ in range(2):
+            for earlier in range(r):
+                overlap = np.sum(a[earlier] * a[r])
+                for t in range(S):
+                    a[r, t] -= overlap * a[earlier, t]
+        left = np.sqrt(np.sum(a[r] * a[r]))
+        scale = np.float32(0.0) if left <= np.float32(1e-5) * size else np.float32(1.0) / max(left, TINY)
+        for t in range(S):
+            a[r, t] *= scale
+
+
+@numba.njit(**EXACT)
+def project(x, a, b):  # type: ignore[no-untyped-def]
+    """b [R, D] = a [R, S] @ x [S, D]."""
+    b[:] = 0.0
+    for r in range(a.shape[0]):
+        out = b[r]
+        for s in range(x.shape[0]):
+            weight, row = a[r, s], x[s]
+            for d in range(x.shape[1]):
+                out[d] += weight * row[d]
+
+
+@numba.njit(**EXACT)
+def fit(x, start, a, b):  # type: ignore[no-untyped-def]
+    """x [S, D] ≈ aᵀ b with a [R, S] orthonormal, by subspace iteration from `start` [R, S]; see reference/low_rank.py."""
+    S, D = x.shape
+    largest = TINY
+    for s in range(S):
+        for d in range(D):
+            largest = max(largest, abs(x[s, d]))
+    unit = x / largest
+    a[:] = start
+    orthonormalize(a)
+    for _ in range(NUM_ROUNDS):
+        project(unit, a, b)
+        for r in range(a.shape[0]):
+            for s in range(S):
+                total = np.float32(0)
+                for d in range(D):
+                    total += unit[s, d] * b[r, d]
+                a[r, s] = total
+        orthonormalize(a)
+    project(unit, a, b)
+    b *= largest
+
+
+@numba.njit(**EXACT)
+def code_symmetric(rows, bits):  # type: ignore[no-untyped-def]
+    """rows [R, n] → codes in place; returns scale [R]."""
+    half = np.float32(0.5 * ((1 << bits) - 1))
+    scale = np.empty(rows.shape[0], np.float32)
+    for r in range(rows.shape[0]):
+        scale[r] = max(np.max(np.abs(rows[r])) / half, TINY)
+        for i in range(rows.shape[1]):
+            rows[r, i] = min(max(np.rint(rows[r, i] / scale[r] + half), np.float32(0)), 2 * half)
+    return scale
+
+
+@numba.njit(**EXACT)
+def store_factors(slab, base, part, a, b):  # type: ignore[no-untyped-def]
+    """Write the factors; a [R, S] and b [R, D] become what will be read back, the scale folded into b."""
+    bits = part.factor_bits
+    S, D = a.shape[1], b.shape[1]
+    token_scale, channel_scale = np.ones(part.rank, np.float32), np.ones(part.rank, np.float32)
+    if bits < 16:
+        token_scale, channel_scale = code_symmetric(a, bits), code_symmetric(b, bits)
+    half = np.float32(0.5 * ((1 << bits) - 1))
+    for r in range(part.rank):
+        write_row(slab, base + part.tokens_factor + r * S * bits // 8, S, bits, a[r])
+        write_row(slab, base + part.channels_factor + r * D * bits // 8, D, bits, b[r])
+        if bits < 16:
+            stored = bf16_up(max(token_scale[r] * channel_scale[r], TINY))
+            slab.u16[(base + part.factor_scale) // 2 + r] = stored
+            a[r] -= half
+            b[r] = (b[r] - half) * from_bf16(stored)
+        else:
+            for s in range(S):
+                a[r, s] = from_bf16(bf16_nearest(a[r, s]))
+            for d in range(D):
+                b[r, d] = from_bf16(bf16_nearest(b[r, d]))
+
+
+@numba.njit(**EXACT)
+def subtract_product(x, a, b, is_keys):  # type: ignore[no-untyped-def]
+    """x (keys [D, S], values [S, D]) −= the product of a [R, S] and b [R, D]."""
+    for r in range(a.shape[0]):
+        along, across = (b[r], a[r]) if is_keys else (a[r], b[r])
+        for i in range(x.shape[0]):
+            row, weight = x[i], along[i]
+            for j in range(x.shape[1]):
+                row[j] -= weight * across[j]
+
+
+@numba.njit(**EXACT)
+def store_scales(slab, base, part, low, high, scale, zero):  # type: ignore[no-untyped-def]
+    """Round low, high [V, G] to stored zeros and scales (zero down, scale up) and write both."""
+    V, G = low.shape
+    levels = np.float32((1 << part.bits) - 1)
+    zero_unit, scale_unit = np.float32(0), np.float32(0)
+    if part.symmetric:
+        scale[:] = np.maximum(high, -low) * np.float32(2 / levels)
+    else:
+        if part.scale_bits == 8:
+            zero_unit = from_bf16(bf16_up(max(np.max(np.abs(low)) / np.float32(127), TINY)))
+        for i in range(V):
+            for j in range(G):
+                if part.scale_bits == 16:
+                    bits = bf16_down(low[i, j])
+                    slab.u16[(base + part.zero) // 2 + i * G + j] = bits
+                    zero[i, j] = from_bf16(bits)
+                else:
+                    count = min(max(np.floor(low[i, j] / zero_unit), np.float32(-128)), np.float32(127))
+                    slab.u8[base + part.zero + i * G + j] = np.uint8(np.int8(count))
+                    zero[i, j] = count * zero_unit
+                scale[i, j] = (high[i, j] - zero[i, j]) / levels
+    if part.scale_bits == 8:
+        scale_unit = from_bf16(bf16_up(max(np.max(scale) / np.float32(255), TINY)))
+    for i in range(V):
+        for j in range(G):
+            if part.scale_bits == 16:
+                bits = bf16_up(max(scale[i, j], TINY))
+                slab.u16[(base + part.scale) // 2 + i * G + j] = bits
+                scale[i, j] = from_bf16(bits)
+            else:
+                count = min(max(np.ceil(scale[i, j] / scale_unit), np.float32(1)), np.float32(255))
+                slab.u8[base + part.scale + i * G + j] = np.uint8(count)
+                scale[i, j] = count * scale_unit
+            if part.symmetric:
+                zero[i, j] = scale[i, j] * (-levels * np.float32(0.5))
+    if part.scale_bits == 8:
+        slab.u16[(base + part.unit) // 2] = bf16_up(scale_unit)
+        slab.u16[(base + part.unit) // 2 + 1] = bf16_up(zero_unit)
+
+
+@numba.njit(**EXACT)
+def quantize(slab, base, part, rest, kept):  # type: ignore[no-untyped-def]
+    """Write codes, scales and zeros of rest [V, n]; rest becomes what the codes miss. The range is that of `kept`."""
+    V, n = rest.shape
+    G, size = part.num_groups, part.group_size
+    low, high = np.zeros((V, G), np.float32), np.zeros((V, G), np.float32)
+    for i in range(V):
+        for j in range(G):
+            found = False
+            for t in range(j * size, (j + 1) * size):
+                if kept[i, t]:
+                    value = rest[i, t]
+                    low[i, j] = min(low[i, j], value) if found else value
+                    high[i, j] = max(high[i, j], value) if found else value
+                    found = True
+    scale, zero = np.empty((V, G), np.float32), np.empty((V, G), np.float32)
+    store_scales(slab, base, part, low, high, scale, zero)
+    levels = np.float32((1 << part.bits) - 1)
+    codes = np.empty(n, np.float32)
+    for i in range(V):
+        for j in range(G):
+            for t in range(j * size, (j + 1) * size):
+                code = np.rint((rest[i, t] - zero[i, j]) / scale[i, j])
+                codes[t] = min(max(code, np.float32(0)), levels)
+                rest[i, t] -= codes[t] * scale[i, j] + zero[i, j]
+        write_row(slab, base + part.codes + i * n * part.bits // 8, n, part.bits, codes)
+
+
+@numba.njit(**EXACT)
+def seal_part(slab, base, part, x, is_keys, num_sinks, start):  # type: ignore[no-untyped-def]
+    """Write one part of a record: x [S, D] float32, the keys or values of one page and head."""
+    S, D = x.shape
+    for t in range(num_sinks):
+        write_row(slab, base + part.sinks + 2 * t * D, D, 16, x[t])
+    rest = np.ascontiguousarray(x.T) if is_keys else x.copy()
+    kept = np.ones(rest.shape, np.bool_)
+    for t in range(num_sinks):
+        if is_keys:
+            rest[:, t], kept[:, t] = 0.0, False
+        else:
+            rest[t], kept[t] = 0.0, False
+    V, n = rest.shape
+    index = np.empty((V, part.outliers), np.int64)
+    for i in range(V if part.outliers else 0):
+        free = np.ones(n, np.bool_)
+        select_outliers(rest[i], part.outliers, num_sinks if is_keys else 0, index[i], free)
+        kept[i] &= free
+    a, b = np.empty((part.rank, S), np.float32), np.empty((part.rank, D), np.float32)
+    if part.rank and part.low_rank_first:
+        fit_kept(rest, kept, is_keys, start, a, b)
+        store_factors(slab, base, part, a, b)
+        subtract_product(rest, a, b, is_keys)
+    quantize(slab, base, part, rest, kept)
+    if part.rank and not part.low_rank_first:
+        fit_kept(rest, kept, is_keys, start, a, b)
+        store_factors(slab, base, part, a, b)
+        subtract_product(rest, a, b, is_keys)
+    for i in range(V):
+        for o in range(part.outliers):
+            slab.u8[base + part.outlier_index + i * part.outliers + o] = index[i, o]
+            slab.u16[(base + part.outlier_value) // 2 + i * part.outliers + o] = bf16_nearest(rest[i, index[i, o]])
+
+
+@numba.njit(**EXACT)
+def fit_kept(rest, kept, is_keys, start, a, b):  # type: ignore[no-untyped-def]
+    """Fit the factors to `rest` (keys [D, S], values [S, D]) with zeros where not kept."""
+    masked = np.where(kept, rest, np.float32(0))
+    fit(np.ascontiguousarray(masked.T) if is_keys else masked, start, a, b)
+
+
+@numba.njit(**EXACT)
+def seal(items, slab, lay, layer, slots, k, v, is_first, key_start, value_start):  # type: ignore[no-untyped-def]
+    """Seal the (page, head) pairs of items [M, 2]: k, v [P, S, H, D] float32, page p into slots[p].
+
+    key_start, value_start [R, S]: the fixed start of the subspace iteration.
+    """
+    for m in range(items.shape[0]):
+        p, head = items[m, 0], items[m, 1]
+        base = slots[p] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
+        num_sinks = lay.sink_tokens if is_first[p] else 0
+        seal_part(slab, base, lay.keys, np.ascontiguousarray(k[p, :, head]), True, num_sinks, key_start)
+        seal_part(slab, base, lay.values, np.ascontiguousarray(v[p, :, head]), False, num_sinks, value_start)

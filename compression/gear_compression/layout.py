@@ -1,0 +1,230 @@
+"""Where each byte of a page lies: one description that every backend reads and none repeats.
+
+A slot of the pool holds a sealed page of all layers, as L·H records of one (layer, KV head) each,
+
+    record = keys (codes | scale | zero | unit | factors | outliers | sinks), then values likewise, padded to 16 bytes
+
+or a run of an open page's tokens in bf16: [L, H, 2, run_tokens, D], keys at 0 and values at 1.
+Raw pages are such runs too, in the model's dtype.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from gear_compression.config import ConfigError, GearConfig, PartConfig, RawConfig
+
+RECORD_ALIGN = 16  # bytes: what a GPU's bulk copy asks for
+OPEN_RUN_ALIGN = 8  # tokens
+
+
+class PartLayout(NamedTuple):
+    """Byte offsets within a record, and the numbers a kernel needs to read them. Integers only, for compiled code.
+
+    A part is stored as `num_vectors` vectors of `vector_len` codes. Codes of a vector lie in bit planes (2, 1, 4 or 8
+    bits wide: 3 = 2 + 1, 5 = 4 + 1), each plane w·n/8 bytes long, where byte j holds entries j, j + w·n/8, j + 2·w·n/8 …
+    """
+
+    num_vectors: int
+    vector_len: int
+    bits: int
+    group_size: int
+    num_groups: int  # per vector
+    symmetric: int
+    scale_bits: int
+    rank: int
+    factor_bits: int
+    low_rank_first: int
+    outliers: int
+    codes: int  # [num_vectors, vector_len] packed
+    scale: int  # [num_vectors, num_groups] bf16 or uint8
+    zero: int  # the same, bf16 or int8; absent when symmetric
+    unit: int  # [2] bf16: what one count of an 8-bit scale and of an 8-bit zero is worth
+    tokens_factor: int  # [rank, S] packed codes or bf16
+    channels_factor: int  # [rank, D]
+    factor_scale: int  # [rank] bf16, for coded factors
+    outlier_value: int  # [num_vectors, outliers] bf16
+    outlier_index: int  # [num_vectors, outliers] uint8, position in the vector
+    sinks: int  # [sink_tokens, D] bf16
+    end: int
+
+
+def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, sinks: int, is_keys: bool) -> PartLayout:
+    num_vectors, vector_len = (head_dim, page_size) if is_keys else (page_size, head_dim)
+    group_size = part.group_size or vector_len
+    name = "keys" if is_keys else "values"
+    if vector_len % group_size:
+        raise ConfigError(
+            f"{name}: group_size {group_size} does not divide the vector of {vector_len} entries: choose a divisor"
+        )
+    if part.outliers > vector_len // 2:
+        raise ConfigError(f"{name}: {part.outliers} outliers are more than half of a vector of {vector_len} entries")
+    num_groups = vector_len // group_size
+    scale_bytes = num_vectors * num_groups * part.scale_bits // 8
+    offset = start
+
+    def take(num_bytes: int) -> int:
+        nonlocal offset
+        at = offset
+        offset += -(-num_bytes // 4) * 4  # sections start on 4 bytes
+        return at
+
+    return PartLayout(
+        num_vectors=num_vectors,
+        vector_len=vector_len,
+        bits=part.bits,
+        group_size=group_size,
+        num_groups=num_groups,
+        symmetric=int(part.symmetric),
+        scale_bits=part.scale_bits,
+        rank=part.rank,
+        factor_bits=part.factor_bits,
+        low_rank_first=int(part.low_rank_first),
+        outliers=part.outliers,
+        codes=take(num_vectors * vector_len * part.bits // 8),
+        scale=take(scale_bytes),
+        zero=take(0 if part.symmetric else scale_bytes),
+        unit=take(4 if part.scale_bits == 8 else 0),
+        tokens_factor=take(part.rank * page_size * part.factor_bits // 8),
+        channels_factor=take(part.rank * head_dim * part.factor_bits // 8),
+        factor_scale=take(2 * part.rank if part.factor_bits < 16 else 0),
+        outlier_value=take(2 * num_vectors * part.outliers),
+        outlier_index=take(num_vectors * part.outliers),
+        sinks=take(2 * sinks * head_dim),
+        end=offset,
+    )
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ConfigError(f"head_dim must be a multiple of 16 from 16 to 256, got {head_dim}")
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The bytes of a GEAR page for one model."""
+
+    config: GearConfig
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+    is_raw = False
+
+    def __post_init__(self) -> None:
+        _check_head_dim(self.head_dim)
+        _ = self.keys, self.values  # raises ConfigError for what does not fit this head_dim
+
+    @property
+    def page_size(self) -> int:
+        return self.config.page_size
+
+    @property
+    def rotates_keys(self) -> bool:
+        return self.config.keys.rotate
+
+    @property
+    def rotates_values(self) -> bool:
+        return self.config.values.rotate
+
+    @cached_property
+    def keys(self) -> PartLayout:
+        config = self.config
+        return _part_layout(config.keys, 0, config.page_size, self.head_dim, config.sink_tokens, True)
+
+    @cached_property
+    def values(self) -> PartLayout:
+        config = self.config
+        return _part_layout(config.values, self.keys.end, config.page_size, self.head_dim, config.sink_tokens, False)
+
+    @cached_property
+    def record_bytes(self) -> int:
+        """One (layer, KV head) of a sealed page."""
+        return -(-self.values.end // RECORD_ALIGN) * RECORD_ALIGN
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """One slot: a sealed page of all layers, but at least 8 open tokens."""
+        return max(self.num_layers * self.num_kv_heads * self.record_bytes, OPEN_RUN_ALIGN * self.token_bytes)
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in bf16, all layers: an open token, and the yardstick of every ratio."""
+        return self.num_layers * self.num_kv_heads * 2 * self.head_dim * 2
+
+    @cached_property
+    def run_tokens(self) -> int:
+        """Open tokens that one slot holds: as many as fit, rounded down to a multiple of 8."""
+        return min(self.page_bytes // self.token_bytes // OPEN_RUN_ALIGN * OPEN_RUN_ALIGN, self.page_size)
+
+    @property
+    def max_runs(self) -> int:
+        """Slots of an open page that is nearly full."""
+        return -(-self.page_size // self.run_tokens)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Of a sealed page, metadata and padding included."""
+        elements = self.num_layers * self.num_kv_heads * 2 * self.head_dim * self.page_size
+        return 8 * self.page_bytes / elements
+
+    @property
+    def compression_ratio(self) -> float:
+        """bf16 bytes of a token ÷ its bytes in a sealed page."""
+        return self.token_bytes * self.page_size / self.page_bytes
+
+
+@dataclass(frozen=True)
+class RawLayout:
+    """The bytes of an uncompressed page: one run of `page_size` tokens in the model's dtype."""
+
+    config: RawConfig
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    element_bytes: int  # 4 for float32, 2 for bfloat16
+
+    is_raw = True
+    max_runs = 1
+    rotates_keys = False
+    rotates_values = False
+
+    def __post_init__(self) -> None:
+        _check_head_dim(self.head_dim)
+
+    @property
+    def page_size(self) -> int:
+        return self.config.page_size
+
+    @property
+    def run_tokens(self) -> int:
+        return self.config.page_size
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in bf16, all layers: the yardstick of every ratio, whatever the model's dtype."""
+        return self.num_layers * self.num_kv_heads * 2 * self.head_dim * 2
+
+    @property
+    def page_bytes(self) -> int:
+        return self.token_bytes // 2 * self.element_bytes * self.page_size
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8.0 * self.element_bytes
+
+    @property
+    def compression_ratio(self) -> float:
+        return self.token_bytes * self.page_size / self.page_bytes
+
+
+Layout = PageLayout | RawLayout
+
+
+def layout_for(
+    config: GearConfig | RawConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int
+) -> Layout:
+    """The layout of `config` for a model. Raises `ConfigError` where the format does not fit its head_dim."""
+    if isinstance(config, RawConfig):
+        return RawLayout(config, num_layers, num_kv_heads, head_dim, element_bytes)
+    return PageLayout(config, num_layers, num_kv_heads, head_dim)

@@ -1,0 +1,79 @@
+"""The low-rank part: X ≈ A Bᵀ by subspace iteration from a fixed start (GEAR, section 3 and appendix)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gear_compression.config import PartConfig
+from gear_compression.reference.rounding import TINY, bf16_up
+
+NUM_ROUNDS = 3
+
+
+@dataclass(slots=True)
+class LowRank:
+    """A Bᵀ = Σ over columns r of scale[r] · tokens[r] ⊗ channels[r]. Factors as stored: codes − levels/2, or bf16."""
+
+    tokens: Tensor  # [R, S] float32: A's columns
+    channels: Tensor  # [R, D] float32: B's columns
+    scale: Tensor  # [R] float32, bf16 values; 1 for bf16 factors
+
+    def product(self) -> Tensor:
+        """[S, D] float32."""
+        return (self.tokens * self.scale[:, None]).T @ self.channels
+
+
+def start_matrix(page_size: int, rank: int) -> Tensor:
+    """[S, R] float32, fixed: the slow cosines over the tokens, in which rotary keys have most of their energy.
+
+    A start drawn at random makes runs unrepeatable and needs more rounds.
+    """
+    t = torch.arange(page_size, dtype=torch.float64)[:, None] + 0.5
+    r = torch.arange(1, rank + 1, dtype=torch.float64)[None]
+    slow = torch.cos(math.pi * t * r / page_size)
+    # Golden-ratio noise, so that no direction of X is orthogonal to the whole start.
+    noise = torch.remainder((t * 0.6180339887498949 + r * 0.7548776662466927) * (r + 1), 1.0) - 0.5
+    return (slow + noise).float()
+
+
+def orthonormalize(a: Tensor) -> Tensor:
+    """Columns of a [S, R], one after the other made orthogonal to those before and of length 1 (0 if nothing is left)."""
+    columns: list[Tensor] = []
+    for column in a.T:
+        size = column.norm()
+        for _ in range(2):  # a second pass removes what rounding left of a nearly dependent column
+            for earlier in columns:
+                column = column - (earlier @ column) * earlier
+        left = column.norm()
+        dependent = left <= 1e-5 * size
+        columns.append(torch.where(dependent, torch.zeros_like(column), column / left.clamp(min=TINY)))
+    return torch.stack(columns, dim=1)
+
+
+def fit(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """x [S, D] float32 → a [S, R] orthonormal, b [D, R], with a @ b.T the projection of x on a's span."""
+    largest = x.abs().amax().clamp(min=TINY)
+    unit = x / largest  # its squares neither overflow nor vanish
+    a = orthonormalize(start_matrix(x.shape[0], rank).to(x.device))
+    for _ in range(NUM_ROUNDS):
+        a = orthonormalize(unit @ (unit.T @ a))
+    return a, (unit.T @ a) * largest
+
+
+def store_factors(a: Tensor, b: Tensor, part: PartConfig) -> LowRank:
+    """a [S, R], b [D, R] rounded to how they are stored: bf16, or symmetric codes with one scale a column."""
+    if part.factor_bits == 16:
+        tokens, channels = (t.T.contiguous().bfloat16().float() for t in (a, b))
+        return LowRank(tokens, channels, torch.ones(a.shape[1], device=a.device))
+    half = ((1 << part.factor_bits) - 1) / 2
+    tokens, token_scale = _symmetric_codes(a.T, half)
+    channels, channel_scale = _symmetric_codes(b.T, half)
+    return LowRank(tokens, channels, bf16_up((token_scale * channel_scale).clamp(min=TINY)))
+
+
+def _symmetric_codes(rows: Tensor, half: float) -> tuple[Tensor, Tensor]:
+    """rows [R, n] → (codes − half [R, n], scale [R])."""
+    scale = (rows.abs().amax(1) / half).clamp(min=TINY)
+    return (rows / scale[:, None] + half).round().clamp(0, 2 * half) - half, scale
