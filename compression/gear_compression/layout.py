@@ -21,8 +21,9 @@ OPEN_RUN_ALIGN = 8  # tokens
 class PartLayout(NamedTuple):
     """Byte offsets within a record, and the numbers a kernel needs to read them. Integers only, for compiled code.
 
-    A part is stored as `num_vectors` vectors of `vector_len` codes. Codes of a vector lie in bit planes (2, 1, 4 or 8
-    bits wide: 3 = 2 + 1, 5 = 4 + 1), each plane w·n/8 bytes long, where byte j holds entries j, j + w·n/8, j + 2·w·n/8 …
+    A part is a matrix of `num_vectors` vectors of `vector_len` codes, row after row. m codes lie in planes 1, 2, 4 or
+    8 bits wide (3 = 2 + 1, 5 = 4 + 1), each plane w·m/8 bytes, where byte j holds the digits of codes j, j + w·m/8,
+    j + 2·w·m/8 …: one unpacking instruction serves neighbouring codes, whatever the width.
     """
 
     num_vectors: int
@@ -36,12 +37,12 @@ class PartLayout(NamedTuple):
     factor_bits: int
     low_rank_first: int
     outliers: int
-    codes: int  # [num_vectors, vector_len] packed
-    scale: int  # [num_vectors, num_groups] bf16 or uint8
+    codes: int  # [num_vectors · vector_len] packed
+    scale: int  # [num_groups, num_vectors] bf16 or uint8
     zero: int  # the same, bf16 or int8; absent when symmetric
     unit: int  # [2] bf16: what one count of an 8-bit scale and of an 8-bit zero is worth
-    tokens_factor: int  # [rank, S] packed codes or bf16
-    channels_factor: int  # [rank, D]
+    tokens_factor: int  # [rank · S] packed codes or bf16
+    channels_factor: int  # [rank · D]
     factor_scale: int  # [rank] bf16, for coded factors
     outlier_value: int  # [num_vectors, outliers] bf16
     outlier_index: int  # [num_vectors, outliers] uint8, position in the vector

@@ -69,8 +69,7 @@ class CpuBackend:
         """`raw_dtype`: of raw pages; the open pages of a GEAR format are bf16."""
         self.layout = layout
         self.runs = open_runs(slab, layout, raw_dtype if layout.is_raw else torch.bfloat16)
-        flat = slab.view(-1).numpy()
-        self._slab = Slab(flat, flat.view(np.uint16), flat.view(np.float32))
+        self._slab = Slab.of(slab.view(-1).numpy())
         self._kernel_layout = KernelLayout.of(layout, slab.shape[1])
         self._rotation = hadamard(layout.head_dim)
         self._key_start, self._value_start = (

@@ -1,17 +1,19 @@
 """Decode attention straight from pages: one query token a sequence, codes read into the dot product.
 
-    score[t] = (q∘scale) · codes[t] + q·zero + (q B) · A[t] + Σ outliers of token t
-    out      = Σ p[t]·scale[t]·codes[t] + Σ p[t]·zero[t] + (Σ p[t] A[t]) Bᵀ + Σ outliers
+    scores = q @ K̂,   K̂ = scale · codes + zero + B Aᵀ + outliers   [D, S]
+    out    = p @ V̂,   V̂ = scale · codes + zero + A Bᵀ + outliers   [S, D]
 
-with an online softmax from page to page. Arrays: q, out [N, Q, D]; scores [G, S], G query heads of one KV head.
+Both are one product of a few rows with a stored matrix (`multiply_part`), joined by an online softmax from page to page.
+G query heads share a KV head; scores [G, S], out [G, D].
 """
 
 from typing import NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
-from gear_compression.cpu.rows import FAST, exp_in_place, read_factors, read_row, read_scale
+from gear_compression.cpu.rows import FAST, dot, exp_in_place, from_bf16, read_factors, read_row, read_scales
 from gear_compression.layout import Layout, PartLayout, RawLayout
 
 
@@ -40,6 +42,27 @@ class KernelLayout(NamedTuple):
         return cls(layout.keys, layout.values, layout.record_bytes, *common, 16, *shape, sinks)
 
 
+class Scratch(NamedTuple):
+    """Buffers that one thread reuses from page to page, all float32."""
+
+    scale: NDArray[np.float32]  # [num_groups · num_vectors]
+    zero: NDArray[np.float32]
+    weights: NDArray[np.float32]  # [G · num_vectors]
+    matrix: NDArray[np.float32]  # the codes of a part, or its low-rank factors
+    row: NDArray[np.float32]  # [D]
+
+
+@numba.njit(**FAST)
+def new_scratch(lay, G):  # type: ignore[no-untyped-def]
+    S, D = lay.page_size, lay.head_dim
+    n = max(lay.keys.num_groups * D, lay.values.num_groups * S)
+    matrix = max(S * D, (S + D) * max(lay.keys.rank, lay.values.rank))
+    f32 = np.float32
+    return Scratch(
+        np.empty(n, f32), np.empty(n, f32), np.empty(G * max(S, D), f32), np.empty(matrix, f32), np.empty(D, f32)
+    )
+
+
 @numba.njit(**FAST)
 def run_row(lay, slot, layer, head, kind, token):  # type: ignore[no-untyped-def]
     """Byte offset of one open token's K (kind 0) or V (1) in a slot [L, H, 2, run_tokens, D]."""
@@ -48,154 +71,155 @@ def run_row(lay, slot, layer, head, kind, token):  # type: ignore[no-untyped-def
 
 
 @numba.njit(**FAST)
-def score_sealed(slab, base, part, lay, is_first, q, scores, row, channels):  # type: ignore[no-untyped-def]
-    """scores[g, t] = q[g] · k[t] of a sealed page; q [G, D], record at byte `base`."""
-    G, S, D = q.shape[0], lay.page_size, lay.head_dim
-    scores[:G, :S] = 0.0
-    bias = np.zeros((G, part.num_groups), np.float32)
-    for d in range(D):
-        read_row(slab, base + part.codes + d * S * part.bits // 8, S, part.bits, row)
-        for j in range(part.num_groups):
-            scale, zero = read_scale(slab, base, part, d * part.num_groups + j)
-            first, last = j * part.group_size, (j + 1) * part.group_size
-            for g in range(G):
-                weight = q[g, d] * scale
-                bias[g, j] += q[g, d] * zero
-                codes, out = row[first:last], scores[g, first:last]
-                for t in range(part.group_size):
-                    out[t] += weight * codes[t]
-    for j in range(part.num_groups):
+def add_product(weights, matrix, first, last, out):  # type: ignore[no-untyped-def]
+    """out [G, n] += weights [G, V] @ matrix [V, n] in the columns [first, last), four rows of the matrix a pass: a quarter of the traffic on out.
+
+    Not more than four: the compiler must prove at run time that no row overlaps out, and gives up past eight proofs.
+    """
+    G, V = weights.shape
+    whole = V // 4 * 4
+    for i in range(0, whole, 4):
+        r0, r1 = matrix[i, first:last], matrix[i + 1, first:last]
+        r2, r3 = matrix[i + 2, first:last], matrix[i + 3, first:last]
         for g in range(G):
-            out = scores[g, j * part.group_size : (j + 1) * part.group_size]
+            w0, w1, w2, w3 = weights[g, i], weights[g, i + 1], weights[g, i + 2], weights[g, i + 3]
+            target = out[g, first:last]
+            for t in range(last - first):
+                target[t] += w0 * r0[t] + w1 * r1[t] + w2 * r2[t] + w3 * r3[t]
+    for i in range(whole, V):
+        for g in range(G):
+            weight, row, target = weights[g, i], matrix[i, first:last], out[g, first:last]
+            for t in range(last - first):
+                target[t] += weight * row[t]
+
+
+@numba.njit(**FAST)
+def multiply_part(slab, base, part, lay, is_keys, x, out, scratch):  # type: ignore[no-untyped-def]
+    """out[g] += x[g] @ X̂, where X̂ [V, n] is the stored matrix of a part: codes, low rank and outliers.
+
+    Keys are stored channel by channel: x = q [G, D] gives scores [G, S]. Values token by token: x = p [G, S] gives
+    the output [G, D]. The scale folds into x, so what is unpacked are bare codes; the low rank costs R, not V.
+    """
+    G, V, n, J = x.shape[0], part.num_vectors, part.vector_len, part.num_groups
+    read_scales(slab, base, part, scratch.scale, scratch.zero)
+    read_row(slab, base + part.codes, V * n, part.bits, scratch.matrix)
+    codes = scratch.matrix[: V * n].reshape(V, n)
+    weights = scratch.weights[: G * V].reshape(G, V)
+    for j in range(J):
+        scale, zero = scratch.scale[j * V : (j + 1) * V], scratch.zero[j * V : (j + 1) * V]
+        first, last = j * part.group_size, (j + 1) * part.group_size
+        for g in range(G):
+            query, row, target = x[g], weights[g], out[g, first:last]
+            bias = dot(query, zero, V)
+            for i in range(V):
+                row[i] = query[i] * scale[i]
             for t in range(part.group_size):
-                out[t] += bias[g, j]
-    for r in range(part.rank):
-        read_factors(slab, base, part, S, D, r, row, channels)
+                target[t] += bias
+        add_product(weights, codes, first, last, out)
+    if part.rank:
+        tokens, channels = read_factors(slab, base, part, lay.page_size, lay.head_dim, scratch.matrix)
+        along, across = (channels, tokens) if is_keys else (tokens, channels)
+        coefficients = scratch.weights[: G * part.rank].reshape(G, part.rank)
         for g in range(G):
-            weight = np.float32(0)
-            for d in range(D):
-                weight += q[g, d] * channels[d]
-            out = scores[g]
-            for t in range(S):
-                out[t] += weight * row[t]
-    for i in range(part.num_vectors * part.outliers):
+            for r in range(part.rank):
+                coefficients[g, r] = dot(x[g], along[r], V)
+        add_product(coefficients, across, 0, n, out)
+    for i in range(V * part.outliers):
         t = slab.u8[base + part.outlier_index + i]
-        value = np.uint32(np.uint32(slab.u16[(base + part.outlier_value) // 2 + i]) << 16).view(np.float32)
+        value = from_bf16(slab.u16[(base + part.outlier_value) // 2 + i])
         for g in range(G):
-            scores[g, t] += q[g, i // part.outliers] * value
-    if is_first:
-        for t in range(lay.sink_tokens):
-            read_row(slab, base + part.sinks + 2 * t * D, D, 16, channels)
-            for g in range(G):
-                scores[g, t] = dot(q[g], channels, D)
+            out[g, t] += x[g, i // part.outliers] * value
 
 
 @numba.njit(**FAST)
-def add_sealed(slab, base, part, lay, is_first, p, out, row, channels):  # type: ignore[no-untyped-def]
-    """out[g] += Σ_t p[g, t] · v[t] of a sealed page; p [G, S], out [G, D]."""
-    G, S, D = out.shape[0], lay.page_size, lay.head_dim
-    sinks = lay.sink_tokens if is_first else 0
-    bias = np.zeros((G, part.num_groups), np.float32)
-    for t in range(sinks, S):
-        read_row(slab, base + part.codes + t * D * part.bits // 8, D, part.bits, row)
-        for j in range(part.num_groups):
-            scale, zero = read_scale(slab, base, part, t * part.num_groups + j)
-            first, last = j * part.group_size, (j + 1) * part.group_size
-            for g in range(G):
-                weight = p[g, t] * scale
-                bias[g, j] += p[g, t] * zero
-                codes, target = row[first:last], out[g, first:last]
-                for d in range(part.group_size):
-                    target[d] += weight * codes[d]
-    for j in range(part.num_groups):
-        for g in range(G):
-            out[g, j * part.group_size : (j + 1) * part.group_size] += bias[g, j]
-    for r in range(part.rank):
-        read_factors(slab, base, part, S, D, r, row, channels)
-        for g in range(G):
-            weight = np.float32(0)
-            for t in range(sinks, S):
-                weight += p[g, t] * row[t]
-            target = out[g]
+def score_sealed(slab, base, lay, num_sinks, q, scores, scratch):  # type: ignore[no-untyped-def]
+    """scores[g, t] = q[g] · k[t] of a sealed page; q [G, D], record at byte `base`."""
+    D = lay.head_dim
+    scores[:] = 0.0
+    multiply_part(slab, base, lay.keys, lay, True, q, scores, scratch)
+    for t in range(num_sinks):
+        read_row(slab, base + lay.keys.sinks + 2 * t * D, D, 16, scratch.row)
+        for g in range(q.shape[0]):
+            scores[g, t] = dot(q[g], scratch.row, D)
+
+
+@numba.njit(**FAST)
+def add_sealed(slab, base, lay, num_sinks, p, out, scratch):  # type: ignore[no-untyped-def]
+    """out[g] += Σ_t p[g, t] · v[t] of a sealed page; p [G, S] is spent, out [G, D]."""
+    D = lay.head_dim
+    for t in range(num_sinks):
+        read_row(slab, base + lay.values.sinks + 2 * t * D, D, 16, scratch.row)
+        for g in range(out.shape[0]):
+            target, weight = out[g], p[g, t]
             for d in range(D):
-                target[d] += weight * channels[d]
-    for i in range(sinks * part.outliers, part.num_vectors * part.outliers):
-        d = slab.u8[base + part.outlier_index + i]
-        value = np.uint32(np.uint32(slab.u16[(base + part.outlier_value) // 2 + i]) << 16).view(np.float32)
-        for g in range(G):
-            out[g, d] += p[g, i // part.outliers] * value
-    for t in range(sinks):
-        read_row(slab, base + part.sinks + 2 * t * D, D, 16, channels)
-        for g in range(G):
-            target = out[g]
-            for d in range(D):
-                target[d] += p[g, t] * channels[d]
+                target[d] += weight * scratch.row[d]
+            p[g, t] = 0.0  # exact above: what the codes hold there does not count
+    multiply_part(slab, base, lay.values, lay, False, p, out, scratch)
 
 
 @numba.njit(**FAST)
-def dot(a, b, n):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(n):
-        total += a[i] * b[i]
-    return total
+def softmax_step(scores, first, last, softcap, running, out):  # type: ignore[no-untyped-def]
+    """Turn scores[:, first:last] into weights under the running maximum; rescale what was summed before.
 
-
-@numba.njit(**FAST)
-def softmax_step(scores, first, last, softcap, largest, total, out):  # type: ignore[no-untyped-def]
-    """Turn scores[:, first:last] into weights under the running maximum; rescale what was summed before."""
+    running [2, G]: each query's largest score so far, and the sum of its weights.
+    """
     for g in range(out.shape[0]):
         row = scores[g, first:last]
         if softcap > 0:
             for t in range(last - first):
                 row[t] = softcap * np.tanh(row[t] / softcap)
-        peak = largest[g]
+        peak = running[0, g]
         for t in range(last - first):
             peak = max(peak, row[t])
         for t in range(last - first):
             row[t] -= peak
         exp_in_place(row)
-        shrink = np.exp(largest[g] - peak)
-        largest[g] = peak
+        shrink = np.exp(running[0, g] - peak)
+        running[0, g] = peak
         added = np.float32(0)
         for t in range(last - first):
             added += row[t]
-        total[g] = total[g] * shrink + added
+        running[1, g] = running[1, g] * shrink + added
         out[g] *= shrink
 
 
 @numba.njit(**FAST)
-def attend_runs(slab, lay, slots, layer, head, first, last, softcap, q, scores, row, largest, total, out):  # type: ignore[no-untyped-def]
+def attend_runs(slab, lay, slots, layer, head, first, last, softcap, q, scores, scratch, running, out):  # type: ignore[no-untyped-def]
     """Attend to the exact tokens [first, last) of a page that lies in runs at `slots`."""
     G, D = q.shape
     if first >= last:
         return
+    row = scratch.row
     for t in range(first, last):
-        read_row(slab, run_row(lay, slots[t // lay.run_tokens], layer, head, 0, t % lay.run_tokens), D, lay.element_bits, row)
+        at = run_row(lay, slots[t // lay.run_tokens], layer, head, 0, t % lay.run_tokens)
+        read_row(slab, at, D, lay.element_bits, row)
         for g in range(G):
             scores[g, t] = dot(q[g], row, D)
-    softmax_step(scores, first, last, softcap, largest, total, out)
+    softmax_step(scores, first, last, softcap, running, out)
     for t in range(first, last):
-        read_row(slab, run_row(lay, slots[t // lay.run_tokens], layer, head, 1, t % lay.run_tokens), D, lay.element_bits, row)
+        at = run_row(lay, slots[t // lay.run_tokens], layer, head, 1, t % lay.run_tokens)
+        read_row(slab, at, D, lay.element_bits, row)
         for g in range(G):
-            target = out[g]
+            target, weight = out[g], scores[g, t]
             for d in range(D):
-                target[d] += scores[g, t] * row[d]
+                target[d] += weight * row[d]
 
 
 @numba.njit(**FAST)
-def attend_pages(slab, lay, page_table, first_token, num_pages, layer, head, softcap, q, scores, row, channels, largest, total, out):  # type: ignore[no-untyped-def]
+def attend_pages(slab, lay, page_table, first_token, num_pages, layer, head, softcap, q, scores, scratch, running, out):  # type: ignore[no-untyped-def]
     """Attend to tokens [first_token, num_pages · S) in sealed pages; first_token > 0 under a sliding window."""
     S = lay.page_size
     for page in range(first_token // S, num_pages):
-        first = max(first_token - page * S, 0)
+        first, slot = max(first_token - page * S, 0), page_table[page : page + 1]
         if lay.record_bytes == 0:
-            attend_runs(slab, lay, page_table[page : page + 1], layer, head, first, S, softcap, q, scores, row, largest, total, out)
+            attend_runs(slab, lay, slot, layer, head, first, S, softcap, q, scores, scratch, running, out)
             continue
-        base = page_table[page] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
-        score_sealed(slab, base, lay.keys, lay, page == 0, q, scores, row, channels)
+        base = slot[0] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
+        num_sinks = lay.sink_tokens if page == 0 else 0
+        score_sealed(slab, base, lay, num_sinks, q, scores, scratch)
         scores[:, :first] = 0.0
-        softmax_step(scores, first, S, softcap, largest, total, out)
-        add_sealed(slab, base, lay.values, lay, page == 0, scores, out, row, channels)
+        softmax_step(scores, first, S, softcap, running, out)
+        add_sealed(slab, base, lay, num_sinks, scores, out, scratch)
 
 
 @numba.njit(**FAST)
@@ -206,26 +230,27 @@ def decode(items, slab, lay, layer, page_table, open_slots, context_len, rows, q
     """
     S, D = lay.page_size, lay.head_dim
     G = q.shape[1] // lay.num_heads
-    scores = np.empty((G, S), np.float32)
-    scaled = np.empty((G, D), np.float32)
-    row, channels = np.empty(256, np.float32), np.empty(256, np.float32)
+    scratch = new_scratch(lay, G)
+    scores, scaled = np.empty((G, S), np.float32), np.empty((G, D), np.float32)
+    running = np.empty((2, G), np.float32)
     for m in range(items.shape[0]):
         n, head = items[m, 0], items[m, 1]
         context, at = context_len[n], rows[n]
         result = out[at, head * G : (head + 1) * G]
-        result[:] = 0.0
         # The token attends to itself first: its score starts the running maximum.
-        largest, total = np.empty(G, np.float32), np.ones(G, np.float32)
         for g in range(G):
             for d in range(D):
                 scaled[g, d] = q[at, head * G + g, d] * scaling
             score = dot(scaled[g], k[at, head], D)
-            largest[g] = softcap * np.tanh(score / softcap) if softcap > 0 else score
+            running[0, g] = softcap * np.tanh(score / softcap) if softcap > 0 else score
+            running[1, g] = 1.0
             result[g] = v[at, head]
         first = max(context + 1 - window, 0) if window > 0 else 0
         num_pages = context // S
-        attend_pages(slab, lay, page_table[n], first, num_pages, layer, head, softcap, scaled, scores, row, channels, largest, total, result)
-        own = max(first - num_pages * S, 0)
-        attend_runs(slab, lay, open_slots[n], layer, head, own, context - num_pages * S, softcap, scaled, scores, row, largest, total, result)
+        attend_pages(
+            slab, lay, page_table[n], first, num_pages, layer, head, softcap, scaled, scores, scratch, running, result
+        )
+        own, end = max(first - num_pages * S, 0), context - num_pages * S
+        attend_runs(slab, lay, open_slots[n], layer, head, own, end, softcap, scaled, scores, scratch, running, result)
         for g in range(G):
-            result[g] /= total[g]
+            result[g] /= running[1, g]

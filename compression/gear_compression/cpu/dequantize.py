@@ -3,32 +3,30 @@
 import numba
 import numpy as np
 
-from gear_compression.cpu.decode import run_row
-from gear_compression.cpu.rows import FAST, read_factors, read_row, read_scale
+from gear_compression.cpu.decode import add_product, new_scratch, run_row
+from gear_compression.cpu.rows import FAST, from_bf16, read_factors, read_row, read_scales
 
 
 @numba.njit(**FAST)
-def dequantize_part(slab, base, part, lay, out, is_keys, num_sinks):  # type: ignore[no-untyped-def]
+def dequantize_part(slab, base, part, lay, out, is_keys, num_sinks, scratch):  # type: ignore[no-untyped-def]
     """out = one part of a record: keys [D, S] (channel by channel, as they are stored), values [S, D]."""
-    row, tokens, channels = np.empty(256, np.float32), np.empty(256, np.float32), np.empty(256, np.float32)
-    n = part.vector_len
-    for i in range(part.num_vectors):
-        read_row(slab, base + part.codes + i * n * part.bits // 8, n, part.bits, row)
-        target = out[i]
+    V, n = part.num_vectors, part.vector_len
+    read_scales(slab, base, part, scratch.scale, scratch.zero)
+    read_row(slab, base + part.codes, V * n, part.bits, scratch.matrix)
+    codes = scratch.matrix[: V * n].reshape(V, n)
+    for i in range(V):
         for j in range(part.num_groups):
-            scale, zero = read_scale(slab, base, part, i * part.num_groups + j)
+            scale, zero = scratch.scale[j * V + i], scratch.zero[j * V + i]
             for t in range(j * part.group_size, (j + 1) * part.group_size):
-                target[t] = row[t] * scale + zero
-    for r in range(part.rank):
-        read_factors(slab, base, part, lay.page_size, lay.head_dim, r, tokens, channels)
+                out[i, t] = codes[i, t] * scale + zero
+    if part.rank:
+        tokens, channels = read_factors(slab, base, part, lay.page_size, lay.head_dim, scratch.matrix)
         along, across = (channels, tokens) if is_keys else (tokens, channels)
-        for i in range(part.num_vectors):
-            target, weight = out[i], along[i]
-            for j in range(n):
-                target[j] += weight * across[j]
+        add_product(np.ascontiguousarray(along.T), across, 0, n, out)
+    row = scratch.row
     for i in range(part.num_vectors * part.outliers):
         at = slab.u8[base + part.outlier_index + i]
-        value = np.uint32(np.uint32(slab.u16[(base + part.outlier_value) // 2 + i]) << 16).view(np.float32)
+        value = from_bf16(slab.u16[(base + part.outlier_value) // 2 + i])
         out[i // part.outliers, at] += value
     for t in range(num_sinks):
         read_row(slab, base + part.sinks + 2 * t * lay.head_dim, lay.head_dim, 16, row)
@@ -46,7 +44,8 @@ def dequantize(items, slab, lay, layer, slots, keys, values):  # type: ignore[no
     slots [P]: a sequence's sealed pages, in order. Page p fills the tokens [p·S, (p + 1)·S).
     """
     S, D = lay.page_size, lay.head_dim
-    row = np.empty(256, np.float32)
+    scratch = new_scratch(lay, 1)
+    row = scratch.row
     for m in range(items.shape[0]):
         p, head = items[m, 0], items[m, 1]
         k, v = keys[head, :, p * S : (p + 1) * S], values[head, p * S : (p + 1) * S]
@@ -59,5 +58,5 @@ def dequantize(items, slab, lay, layer, slots, keys, values):  # type: ignore[no
             continue
         base = slots[p] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
         num_sinks = lay.sink_tokens if p == 0 else 0
-        dequantize_part(slab, base, lay.keys, lay, k, True, num_sinks)
-        dequantize_part(slab, base, lay.values, lay, v, False, num_sinks)
+        dequantize_part(slab, base, lay.keys, lay, k, True, num_sinks, scratch)
+        dequantize_part(slab, base, lay.values, lay, v, False, num_sinks, scratch)

@@ -1,6 +1,6 @@
 """Reading rows of a slab into float32: packed codes, bf16 and float32, whatever the layout says lies there.
 
-The slab is seen three times, as flat uint8, uint16 and float32 arrays over the same bytes; offsets are in bytes.
+The slab is seen as flat uint8, int8, uint16 and float32 arrays over the same bytes; offsets are in bytes.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,16 @@ FAST = {"fastmath": {"contract", "reassoc", "nsz", "arcp"}, "nogil": True, "cach
 
 
 class Slab(NamedTuple):
-    """One pool, three views of its bytes."""
+    """One pool, four views of its bytes."""
 
     u8: NDArray[np.uint8]
+    i8: NDArray[np.int8]
     u16: NDArray[np.uint16]
     f32: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, u8: NDArray[np.uint8]) -> "Slab":
+        return cls(u8, u8.view(np.int8), u8.view(np.uint16), u8.view(np.float32))
 
 
 @numba.njit(inline="always")
@@ -68,36 +73,51 @@ def read_row(slab, at, n, bits, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**FAST)
-def read_scale(slab, base, part, index):  # type: ignore[no-untyped-def]
-    """(scale, zero) of one group, `index` = vector · num_groups + group."""
-    if part.scale_bits == 16:
-        scale = from_bf16(slab.u16[(base + part.scale) // 2 + index])
-    else:
+def read_scales(slab, base, part, scale, zero):  # type: ignore[no-untyped-def]
+    """scale, zero [num_groups · num_vectors] of a part, group by group."""
+    n = part.num_vectors * part.num_groups
+    read_row(slab, base + part.scale, n, part.scale_bits, scale)
+    if part.scale_bits == 8:
         unit = from_bf16(slab.u16[(base + part.unit) // 2])
-        scale = np.float32(slab.u8[base + part.scale + index]) * unit
+        for i in range(n):
+            scale[i] *= unit
     if part.symmetric:
-        zero = scale * np.float32(-0.5 * ((1 << part.bits) - 1))
+        half = np.float32(0.5 * ((1 << part.bits) - 1))
+        for i in range(n):
+            zero[i] = -half * scale[i]
     elif part.scale_bits == 16:
-        zero = from_bf16(slab.u16[(base + part.zero) // 2 + index])
+        read_row(slab, base + part.zero, n, 16, zero)
     else:
         unit = from_bf16(slab.u16[(base + part.unit) // 2 + 1])
-        zero = np.float32(np.int8(slab.u8[base + part.zero + index])) * unit
-    return scale, zero
+        counts = slab.i8[base + part.zero : base + part.zero + n]
+        for i in range(n):
+            zero[i] = np.float32(counts[i]) * unit
 
 
 @numba.njit(**FAST)
-def read_factors(slab, base, part, num_tokens, num_channels, r, tokens, channels):  # type: ignore[no-untyped-def]
-    """Column r of the low-rank factors: tokens[:S], channels[:D], the stored scale folded into the channels."""
-    bits = part.factor_bits
-    read_row(slab, base + part.tokens_factor + r * num_tokens * bits // 8, num_tokens, bits, tokens)
-    read_row(slab, base + part.channels_factor + r * num_channels * bits // 8, num_channels, bits, channels)
+def read_factors(slab, base, part, S, D, out):  # type: ignore[no-untyped-def]
+    """The low-rank factors: tokens [R, S] and channels [R, D], the stored scale folded into the channels; views of out."""
+    R, bits = part.rank, part.factor_bits
+    tokens, channels = out[: R * S].reshape(R, S), out[R * S : R * (S + D)].reshape(R, D)
+    read_row(slab, base + part.tokens_factor, R * S, bits, out)
+    read_row(slab, base + part.channels_factor, R * D, bits, out[R * S :])
     if bits < 16:
         half = np.float32(0.5 * ((1 << bits) - 1))
-        scale = from_bf16(slab.u16[(base + part.factor_scale) // 2 + r])
-        for t in range(num_tokens):
-            tokens[t] -= half
-        for d in range(num_channels):
-            channels[d] = (channels[d] - half) * scale
+        for r in range(R):
+            scale = from_bf16(slab.u16[(base + part.factor_scale) // 2 + r])
+            for t in range(S):
+                tokens[r, t] -= half
+            for d in range(D):
+                channels[r, d] = (channels[r, d] - half) * scale
+    return tokens, channels
+
+
+@numba.njit(**FAST)
+def dot(a, b, n):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
 
 
 @numba.njit(**FAST)

@@ -150,9 +150,9 @@ def store_factors(slab, base, part, a, b):  # type: ignore[no-untyped-def]
     if bits < 16:
         token_scale, channel_scale = code_symmetric(a, bits), code_symmetric(b, bits)
     half = np.float32(0.5 * ((1 << bits) - 1))
+    write_row(slab, base + part.tokens_factor, part.rank * S, bits, a.reshape(-1))
+    write_row(slab, base + part.channels_factor, part.rank * D, bits, b.reshape(-1))
     for r in range(part.rank):
-        write_row(slab, base + part.tokens_factor + r * S * bits // 8, S, bits, a[r])
-        write_row(slab, base + part.channels_factor + r * D * bits // 8, D, bits, b[r])
         if bits < 16:
             stored = bf16_up(max(token_scale[r] * channel_scale[r], TINY))
             slab.u16[(base + part.factor_scale) // 2 + r] = stored
@@ -178,8 +178,8 @@ def subtract_product(x, a, b, is_keys):  # type: ignore[no-untyped-def]
 
 @numba.njit(**EXACT)
 def store_scales(slab, base, part, low, high, scale, zero):  # type: ignore[no-untyped-def]
-    """Round low, high [V, G] to stored zeros and scales (zero down, scale up) and write both."""
-    V, G = low.shape
+    """Round low, high [G, V] to stored zeros and scales (zero down, scale up) and write both."""
+    G, V = low.shape
     levels = np.float32((1 << part.bits) - 1)
     zero_unit, scale_unit = np.float32(0), np.float32(0)
     if part.symmetric:
@@ -187,31 +187,31 @@ def store_scales(slab, base, part, low, high, scale, zero):  # type: ignore[no-u
     else:
         if part.scale_bits == 8:
             zero_unit = from_bf16(bf16_up(max(np.max(np.abs(low)) / np.float32(127), TINY)))
-        for i in range(V):
-            for j in range(G):
+        for j in range(G):
+            for i in range(V):
                 if part.scale_bits == 16:
-                    bits = bf16_down(low[i, j])
-                    slab.u16[(base + part.zero) // 2 + i * G + j] = bits
-                    zero[i, j] = from_bf16(bits)
+                    bits = bf16_down(low[j, i])
+                    slab.u16[(base + part.zero) // 2 + j * V + i] = bits
+                    zero[j, i] = from_bf16(bits)
                 else:
-                    count = min(max(np.floor(low[i, j] / zero_unit), np.float32(-128)), np.float32(127))
-                    slab.u8[base + part.zero + i * G + j] = np.uint8(np.int8(count))
-                    zero[i, j] = count * zero_unit
-                scale[i, j] = (high[i, j] - zero[i, j]) / levels
+                    count = min(max(np.floor(low[j, i] / zero_unit), np.float32(-128)), np.float32(127))
+                    slab.i8[base + part.zero + j * V + i] = np.int8(count)
+                    zero[j, i] = count * zero_unit
+                scale[j, i] = (high[j, i] - zero[j, i]) / levels
     if part.scale_bits == 8:
         scale_unit = from_bf16(bf16_up(max(np.max(scale) / np.float32(255), TINY)))
-    for i in range(V):
-        for j in range(G):
+    for j in range(G):
+        for i in range(V):
             if part.scale_bits == 16:
-                bits = bf16_up(max(scale[i, j], TINY))
-                slab.u16[(base + part.scale) // 2 + i * G + j] = bits
-                scale[i, j] = from_bf16(bits)
+                bits = bf16_up(max(scale[j, i], TINY))
+                slab.u16[(base + part.scale) // 2 + j * V + i] = bits
+                scale[j, i] = from_bf16(bits)
             else:
-                count = min(max(np.ceil(scale[i, j] / scale_unit), np.float32(1)), np.float32(255))
-                slab.u8[base + part.scale + i * G + j] = np.uint8(count)
-                scale[i, j] = count * scale_unit
+                count = min(max(np.ceil(scale[j, i] / scale_unit), np.float32(1)), np.float32(255))
+                slab.u8[base + part.scale + j * V + i] = np.uint8(count)
+                scale[j, i] = count * scale_unit
             if part.symmetric:
-                zero[i, j] = scale[i, j] * (-levels * np.float32(0.5))
+                zero[j, i] = scale[j, i] * (-levels * np.float32(0.5))
     if part.scale_bits == 8:
         slab.u16[(base + part.unit) // 2] = bf16_up(scale_unit)
         slab.u16[(base + part.unit) // 2 + 1] = bf16_up(zero_unit)
@@ -222,27 +222,27 @@ def quantize(slab, base, part, rest, kept):  # type: ignore[no-untyped-def]
     """Write codes, scales and zeros of rest [V, n]; rest becomes what the codes miss. The range is that of `kept`."""
     V, n = rest.shape
     G, size = part.num_groups, part.group_size
-    low, high = np.zeros((V, G), np.float32), np.zeros((V, G), np.float32)
+    low, high = np.zeros((G, V), np.float32), np.zeros((G, V), np.float32)
     for i in range(V):
         for j in range(G):
             found = False
             for t in range(j * size, (j + 1) * size):
                 if kept[i, t]:
                     value = rest[i, t]
-                    low[i, j] = min(low[i, j], value) if found else value
-                    high[i, j] = max(high[i, j], value) if found else value
+                    low[j, i] = min(low[j, i], value) if found else value
+                    high[j, i] = max(high[j, i], value) if found else value
                     found = True
-    scale, zero = np.empty((V, G), np.float32), np.empty((V, G), np.float32)
+    scale, zero = np.empty((G, V), np.float32), np.empty((G, V), np.float32)
     store_scales(slab, base, part, low, high, scale, zero)
     levels = np.float32((1 << part.bits) - 1)
-    codes = np.empty(n, np.float32)
+    codes = np.empty((V, n), np.float32)
     for i in range(V):
         for j in range(G):
             for t in range(j * size, (j + 1) * size):
-                code = np.rint((rest[i, t] - zero[i, j]) / scale[i, j])
-                codes[t] = min(max(code, np.float32(0)), levels)
-                rest[i, t] -= codes[t] * scale[i, j] + zero[i, j]
-        write_row(slab, base + part.codes + i * n * part.bits // 8, n, part.bits, codes)
+                code = np.rint((rest[i, t] - zero[j, i]) / scale[j, i])
+                codes[i, t] = min(max(code, np.float32(0)), levels)
+                rest[i, t] -= codes[i, t] * scale[j, i] + zero[j, i]
+    write_row(slab, base + part.codes, V * n, part.bits, codes.reshape(-1))
 
 
 @numba.njit(**EXACT)

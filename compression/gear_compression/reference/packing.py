@@ -24,29 +24,27 @@ class CompressedPart:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """codes [V, n] integers → [V, n · bits / 8] uint8, plane after plane within each vector."""
-    V, n = codes.shape
+    """codes [m] integers → [m · bits / 8] uint8, plane after plane."""
     planes, shift = [], 0
     for width in PLANES[bits]:
         per_byte = 8 // width
-        digits = ((codes.int() >> shift) & ((1 << width) - 1)).view(V, per_byte, n // per_byte)
+        digits = ((codes.int() >> shift) & ((1 << width) - 1)).view(per_byte, -1)
         weights = torch.tensor([1 << (width * i) for i in range(per_byte)], dtype=torch.int32)[:, None]
-        planes.append((digits * weights).sum(1).to(torch.uint8))
+        planes.append((digits * weights).sum(0).to(torch.uint8))
         shift += width
-    return torch.cat(planes, dim=1)
+    return torch.cat(planes)
 
 
-def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
-    """[V, n · bits / 8] uint8 → codes [V, n] uint8."""
-    V = packed.shape[0]
-    codes = torch.zeros(V, n, dtype=torch.int32)
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """[m · bits / 8] uint8 → codes [m] uint8."""
+    m = packed.shape[0] * 8 // bits
+    codes = torch.zeros(m, dtype=torch.int32)
     at, shift = 0, 0
     for width in PLANES[bits]:
-        num_bytes = n * width // 8
-        plane = packed[:, at : at + num_bytes].int()
+        plane = packed[at : at + m * width // 8].int()
         digits = [(plane >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)]
-        codes += torch.cat(digits, dim=1) << shift
-        at, shift = at + num_bytes, shift + width
+        codes += torch.cat(digits) << shift
+        at, shift = at + len(plane), shift + width
     return codes.to(torch.uint8)
 
 
@@ -63,20 +61,20 @@ def _get(record: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) ->
 def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
     """Write `part` into record [record_bytes] uint8."""
     codes = part.codes
-    _put(record, at.codes, pack_codes(codes.codes, at.bits))
+    _put(record, at.codes, pack_codes(codes.codes.flatten(), at.bits))
     if at.scale_bits == 16:
-        _put(record, at.scale, codes.scale.bfloat16())
+        _put(record, at.scale, codes.scale.T.bfloat16())
         if not at.symmetric:
-            _put(record, at.zero, codes.zero.bfloat16())
+            _put(record, at.zero, codes.zero.T.bfloat16())
     else:
-        _put(record, at.scale, (codes.scale / codes.scale_unit).round().to(torch.uint8))
+        _put(record, at.scale, (codes.scale.T / codes.scale_unit).round().to(torch.uint8))
         if not at.symmetric:
-            _put(record, at.zero, (codes.zero / codes.zero_unit).round().to(torch.int8))
+            _put(record, at.zero, (codes.zero.T / codes.zero_unit).round().to(torch.int8))
         _put(record, at.unit, torch.stack([codes.scale_unit, codes.zero_unit]).bfloat16())
     if part.factors is not None:
         half = 0.0 if at.factor_bits == 16 else ((1 << at.factor_bits) - 1) / 2
         for offset, factor in ((at.tokens_factor, part.factors.tokens), (at.channels_factor, part.factors.channels)):
-            stored = factor.bfloat16() if at.factor_bits == 16 else pack_codes(factor + half, at.factor_bits)
+            stored = factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + half).flatten(), at.factor_bits)
             _put(record, offset, stored)
         if at.factor_bits < 16:
             _put(record, at.factor_scale, part.factors.scale.bfloat16())
@@ -88,8 +86,8 @@ def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
 def unpack_part(record: Tensor, at: PartLayout, layout: PageLayout) -> CompressedPart:
     """Read what `pack_part` wrote. record [record_bytes] uint8."""
     V, n = at.num_vectors, at.vector_len
-    packed = _get(record, at.codes, (V, n * at.bits // 8), torch.uint8)
-    scale_shape = (V, at.num_groups)
+    packed = _get(record, at.codes, (V * n * at.bits // 8,), torch.uint8)
+    scale_shape = (at.num_groups, V)
     scale_unit = zero_unit = torch.zeros(())
     if at.scale_bits == 16:
         scale = _get(record, at.scale, scale_shape, torch.bfloat16).float()
@@ -101,7 +99,7 @@ def unpack_part(record: Tensor, at: PartLayout, layout: PageLayout) -> Compresse
     if at.symmetric:
         zero = scale * (-((1 << at.bits) - 1) / 2)
     return CompressedPart(
-        codes=Codes(unpack_codes(packed, n, at.bits), scale, zero, scale_unit, zero_unit),
+        codes=Codes(unpack_codes(packed, at.bits).view(V, n), scale.T, zero.T, scale_unit, zero_unit),
         factors=_unpack_factors(record, at, layout) if at.rank else None,
         outlier_index=_get(record, at.outlier_index, (V, at.outliers), torch.uint8).long(),
         outlier_value=_get(record, at.outlier_value, (V, at.outliers), torch.bfloat16).float(),
@@ -113,8 +111,8 @@ def _unpack_factors(record: Tensor, at: PartLayout, layout: PageLayout) -> LowRa
     def factor(offset: int, n: int) -> Tensor:
         if at.factor_bits == 16:
             return _get(record, offset, (at.rank, n), torch.bfloat16).float()
-        packed = _get(record, offset, (at.rank, n * at.factor_bits // 8), torch.uint8)
-        return unpack_codes(packed, n, at.factor_bits).float() - ((1 << at.factor_bits) - 1) / 2
+        packed = _get(record, offset, (at.rank * n * at.factor_bits // 8,), torch.uint8)
+        return unpack_codes(packed, at.factor_bits).view(at.rank, n).float() - ((1 << at.factor_bits) - 1) / 2
 
     scale = torch.ones(at.rank)
     if at.factor_bits < 16:
