@@ -86,8 +86,6 @@ class RawConfig:
 
 
 # Values are stored rotated and symmetric, which spreads their spikes over all channels; low rank does not pay there.
-_PAPER = {"rank": 2, "outliers": 2}
-
 PRESETS: dict[str, GearConfig | RawConfig] = {
     # Keys lean on the low-rank part, fitted first and kept in 4-bit factors.
     "near-lossless": GearConfig(
@@ -106,8 +104,12 @@ PRESETS: dict[str, GearConfig | RawConfig] = {
         sink_tokens=1,
     ),
     # The paper's recipe: all three parts on keys and values, low rank of the residual, bf16 scales and factors.
-    "gear-4bit": GearConfig(keys=PartConfig(bits=4, **_PAPER), values=PartConfig(bits=4, **_PAPER), page_size=64),
-    "gear-2bit": GearConfig(keys=PartConfig(bits=2, **_PAPER), values=PartConfig(bits=2, **_PAPER), page_size=64),
+    "gear-4bit": GearConfig(
+        keys=PartConfig(bits=4, rank=2, outliers=2), values=PartConfig(bits=4, rank=2, outliers=2), page_size=64
+    ),
+    "gear-2bit": GearConfig(
+        keys=PartConfig(bits=2, rank=2, outliers=2), values=PartConfig(bits=2, rank=2, outliers=2), page_size=64
+    ),
     "none": RawConfig(),
 }
 

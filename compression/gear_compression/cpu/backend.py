@@ -197,7 +197,7 @@ def attend_segment(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """q [m, Q, D] are the last m tokens of past and own; past_k [H, D, n], past_v [H, n, D], own [H, o, D] → [m, Q, D]."""
+    """q [m, Q, D], the last m tokens of past and own; past_k [H, D, n], past_v [H, n, D], own [H, o, D] → [m, Q, D]."""
     m, Q, D = q.shape
     H, o, _ = own_k.shape
     n = past_v.shape[1]

@@ -3,8 +3,8 @@
     scores = q @ K̂,   K̂ = scale · codes + zero + B Aᵀ + outliers   [D, S]
     out    = p @ V̂,   V̂ = scale · codes + zero + A Bᵀ + outliers   [S, D]
 
-Both are one product of a few rows with a stored matrix (`multiply_part`), joined by an online softmax from page to page.
-G query heads share a KV head; scores [G, S], out [G, D].
+Both are one product of a few rows with a stored matrix (`multiply_part`), joined by an online softmax from page to
+page. G query heads share a KV head; scores [G, S], out [G, D].
 """
 
 from typing import NamedTuple
@@ -72,9 +72,9 @@ def run_row(lay, slot, layer, head, kind, token):  # type: ignore[no-untyped-def
 
 @numba.njit(**FAST)
 def add_product(weights, matrix, first, last, out):  # type: ignore[no-untyped-def]
-    """out [G, n] += weights [G, V] @ matrix [V, n] in the columns [first, last), four rows of the matrix a pass: a quarter of the traffic on out.
+    """out [G, n] += weights [G, V] @ matrix [V, n] in the columns [first, last).
 
-    Not more than four: the compiler must prove at run time that no row overlaps out, and gives up past eight proofs.
+    Four rows of the matrix a pass, for a quarter of the traffic on out, and not more: the compiler must prove at run time that no row overlaps out, and gives up past eight proofs.
     """
     G, V = weights.shape
     whole = V // 4 * 4

@@ -96,7 +96,7 @@ def read_scales(slab, base, part, scale, zero):  # type: ignore[no-untyped-def]
 
 @numba.njit(**FAST)
 def read_factors(slab, base, part, S, D, out):  # type: ignore[no-untyped-def]
-    """The low-rank factors: tokens [R, S] and channels [R, D], the stored scale folded into the channels; views of out."""
+    """The low-rank factors, as views of out: tokens [R, S] and channels [R, D], the stored scale in the channels."""
     R, bits = part.rank, part.factor_bits
     tokens, channels = out[: R * S].reshape(R, S), out[R * S : R * (S + D)].reshape(R, D)
     read_row(slab, base + part.tokens_factor, R * S, bits, out)

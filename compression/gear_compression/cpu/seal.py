@@ -107,7 +107,7 @@ def project(x, a, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(**EXACT)
 def fit(x, start, a, b):  # type: ignore[no-untyped-def]
-    """x [S, D] ≈ aᵀ b with a [R, S] orthonormal, by subspace iteration from `start` [R, S]; see reference/low_rank.py."""
+    """x [S, D] ≈ aᵀ b with a [R, S] orthonormal, by subspace iteration from `start` [R, S] (reference/low_rank.py)."""
     S, D = x.shape
     largest = TINY
     for s in range(S):

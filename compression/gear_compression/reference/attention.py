@@ -41,9 +41,9 @@ class ReferenceBackend:
         rotation = hadamard(layout.head_dim)
         q, k, v = q.float(), k.float(), v.float()
         if layout.rotates_keys:
-            q, k = q @ rotation, k @ rotation
+            q, k = _rotated(q, rotation), _rotated(k, rotation)
         if layout.rotates_values:
-            v = v @ rotation
+            v = _rotated(v, rotation)
         k, v = k.to(self.runs.dtype), v.to(self.runs.dtype)
         out = torch.empty_like(q)
         for segment in segments(batch, layout.page_size):
@@ -57,7 +57,7 @@ class ReferenceBackend:
                 values = torch.cat([past_v, own_v], 1)[:, :length].float()
                 out[segment.row + i] = attend_one(q[segment.row + i], keys, values, scaling, sliding_window, softcap)
         OpenRows.of(batch, layout).write(self.runs, layer, k, v)
-        return out @ rotation if layout.rotates_values else out
+        return _rotated(out, rotation) if layout.rotates_values else out
 
     def _seal(self, slot: int, layer: int, k: Tensor, v: Tensor, segment: Segment) -> None:
         """k, v [H, S, D]."""
@@ -88,6 +88,11 @@ class ReferenceBackend:
         assert not isinstance(layout, RawLayout)
         shape = (layout.num_layers, layout.num_kv_heads, layout.record_bytes)
         return self.slab[slot, : torch.Size(shape).numel()].view(shape)
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [T, heads, D], each token alone."""
+    return torch.stack([token @ rotation for token in x])
 
 
 def attend_one(

@@ -39,7 +39,7 @@ def start_matrix(page_size: int, rank: int) -> Tensor:
 
 
 def orthonormalize(a: Tensor) -> Tensor:
-    """Columns of a [S, R], one after the other made orthogonal to those before and of length 1 (0 if nothing is left)."""
+    """a [S, R] with each column made orthogonal to those before it and of length 1 (0 if nothing is left)."""
     columns: list[Tensor] = []
     for column in a.T:
         size = column.norm()

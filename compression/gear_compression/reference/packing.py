@@ -74,7 +74,9 @@ def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
     if part.factors is not None:
         half = 0.0 if at.factor_bits == 16 else ((1 << at.factor_bits) - 1) / 2
         for offset, factor in ((at.tokens_factor, part.factors.tokens), (at.channels_factor, part.factors.channels)):
-            stored = factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + half).flatten(), at.factor_bits)
+            stored = (
+                factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + half).flatten(), at.factor_bits)
+            )
             _put(record, offset, stored)
         if at.factor_bits < 16:
             _put(record, at.factor_scale, part.factors.scale.bfloat16())

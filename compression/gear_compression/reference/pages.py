@@ -15,9 +15,8 @@ from gear_compression.reference.packing import CompressedPart, pack_part, unpack
 
 def compress_part(x: Tensor, part: PartConfig, is_keys: bool, sink_tokens: int, is_first: bool) -> CompressedPart:
     """x [S, D] float32. Outliers leave first; the codes then need not stretch to them (GEAR, section 3)."""
-    S, D = x.shape
     num_sinks = sink_tokens if is_first else 0
-    sinks = torch.zeros(sink_tokens, D)
+    sinks = torch.zeros(sink_tokens, x.shape[1])
     sinks[:num_sinks] = x[:num_sinks].bfloat16().float()
     x = x.clone()
     x[:num_sinks] = 0.0  # exact elsewhere: they must not weigh in the statistics

@@ -1,0 +1,144 @@
+"""The engine: token ids in, token ids out, one synchronous and deterministic step at a time.
+
+`step` reads schedule → run → sample → commit; speed goes around it, not into it.
+"""
+
+import logging
+import random
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from gear_engine.protocol import AddRequest, EngineStats, RequestOutput, StepReport, validate
+from gear_engine.runner import Runner, RunResult
+from gear_engine.sampler import Sampler, SamplingRow
+from gear_engine.scheduler import Scheduler
+from gear_engine.sequence import Batch, Scheduled, Sequence
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for."""
+
+    max_model_len: int
+    vocab_size: int
+
+
+class Engine:
+    """Owns the scheduler, the runner and the sampler; a request is known to it by its id."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.sampler = sampler
+        self.limits = limits
+        self._num_arrivals = 0
+        self._seeds = random.Random()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request. Raises `RequestError` for what cannot run as asked."""
+        validate(
+            request.token_ids,
+            request.params,
+            max_model_len=self.limits.max_model_len,
+            vocab_size=self.limits.vocab_size,
+        )
+        self._num_arrivals += 1
+        seed = request.params.seed
+        self.scheduler.add(
+            Sequence(
+                request_id=request.request_id,
+                token_ids=list(request.token_ids),
+                num_prompt=len(request.token_ids),
+                params=request.params,
+                seed=self._seeds.getrandbits(63) if seed is None else seed,
+                order=(request.priority, self._num_arrivals),
+                arrival_s=time.monotonic(),
+            )
+        )
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request in any phase; None if there is none of that id (it may just have ended)."""
+        if not self.scheduler.abort(request_id):
+            return None
+        return RequestOutput(request_id, [], finish_reason="abort")
+
+    def step(self) -> StepReport:
+        """Compute one batch. A request that fails ends with an error; the others go on."""
+        start_s = time.monotonic()
+        batch = self.scheduler.schedule()
+        queue_times_s = [
+            start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
+        ]
+        tokens: dict[str, int] = {}
+        failed: dict[str, str] = {}
+        for part, result in self._run(batch.scheduled, failed):
+            self._sample(part, result, tokens, failed)
+        outputs = self.scheduler.commit(batch, tokens, failed)
+        return self.report(outputs, time.monotonic() - start_s, batch, queue_times_s)
+
+    def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
+        """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
+        if not scheduled:
+            return []
+        try:
+            return [(scheduled, self.runner.run(scheduled))]
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning("out of memory in a step of %d sequences", len(scheduled))
+            if len(scheduled) == 1:
+                failed[scheduled[0].sequence.request_id] = (
+                    "out of memory while computing this request: send a shorter prompt, or lower --max-batch-tokens"
+                )
+                return []
+        half = len(scheduled) // 2
+        return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
+
+    def _sample(
+        self, scheduled: list[Scheduled], result: RunResult, tokens: dict[str, int], failed: dict[str, str]
+    ) -> None:
+        for item, poisoned in zip(scheduled, result.poisoned, strict=True):
+            if poisoned:
+                failed[item.sequence.request_id] = "the model computed NaN or infinity for this request"
+        sampling = [item.sequence for item in scheduled if item.samples]
+        if not sampling:
+            return
+        rows = [
+            SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
+            for s in sampling
+        ]
+        for sequence, token in zip(sampling, self.sampler.sample(result.logits, rows), strict=True):
+            if token is None:
+                failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
+            else:
+                tokens[sequence.request_id] = token
+
+    def report(
+        self, outputs: list[RequestOutput], step_s: float, batch: Batch, queue_times_s: list[float]
+    ) -> StepReport:
+        return StepReport(outputs, self.stats(), step_s, batch.num_tokens, queue_times_s)
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats(peak_memory_bytes())
+
+
+def peak_memory_bytes() -> int:
+    """The peak resident set of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(error)  # what torch's CPU allocator says

@@ -1,0 +1,91 @@
+"""The engine process: takes requests from a socket, steps while there is work, answers with one message a step.
+
+Started by `client.py` as `python -m gear_engine.process ADDRESS CONFIG`; ends when told to, or with its parent.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+import msgspec
+import zmq
+
+from gear_engine.config import EngineConfig
+from gear_engine.engine import Engine
+from gear_engine.protocol import (
+    AbortRequest,
+    AddRequest,
+    EngineStartError,
+    FromEngine,
+    RequestError,
+    RequestOutput,
+    Shutdown,
+    StartFailed,
+    ToEngine,
+)
+from gear_engine.sequence import Batch
+from gear_engine.start import start_engine
+
+PARENT_CHECK_MS = 1000
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToEngine).decode
+
+
+def main() -> None:
+    address, config = sys.argv[1], msgspec.json.decode(sys.argv[2], type=EngineConfig)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle: it drains, then tells us
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(address)
+    try:
+        started = start_engine(config)
+    except EngineStartError as error:
+        _send(socket, StartFailed(str(error)))
+        socket.close(linger=2000)
+        sys.exit(1)
+    _send(socket, started.info)
+    _serve(started.engine, socket)
+    context.destroy(linger=0)
+
+
+def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
+    socket.send(_encode(message))
+
+
+def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
+    parent = os.getppid()
+    while True:
+        ended: list[RequestOutput] = []
+        wait_ms = 0 if engine.has_work else PARENT_CHECK_MS
+        while socket.poll(wait_ms):
+            message = _decode(socket.recv())
+            if isinstance(message, Shutdown):
+                return
+            ended += _take(engine, message)
+            wait_ms = 0
+        if engine.has_work:
+            report = engine.step()
+            _send(socket, msgspec.structs.replace(report, outputs=ended + report.outputs) if ended else report)
+        elif ended:
+            _send(socket, engine.report(ended, 0.0, Batch([]), []))
+        elif os.getppid() != parent:
+            return  # nobody is left to answer to
+
+
+def _take(engine: Engine, message: AddRequest | AbortRequest) -> list[RequestOutput]:
+    """Outputs that a message gives rise to at once."""
+    if isinstance(message, AbortRequest):
+        output = engine.abort(message.request_id)
+        return [output] if output else []
+    try:
+        engine.add(message)
+    except RequestError as error:
+        return [RequestOutput(message.request_id, [], finish_reason="error", error=str(error))]
+    return []
+
+
+if __name__ == "__main__":
+    main()

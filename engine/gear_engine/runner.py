@@ -1,0 +1,147 @@
+"""Turns a batch of integers into logits: builds the tensors, runs the model, and lets its attention read the pool.
+
+Owns the pool and the model; knows nothing of requests, of what comes next, or of why a token is computed.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gear_compression.cpu.backend import CpuBackend
+from gear_compression.layout import Layout
+from gear_compression.paged import PagedBatch
+from gear_compression.reference.attention import ReferenceBackend
+from gear_engine.model_loader import LoadedModel
+from gear_engine.sequence import Scheduled
+
+BACKENDS: dict[str, type[CpuBackend] | type[ReferenceBackend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What a step computed. Rows follow the scheduled sequences that sample, in order."""
+
+    logits: Tensor  # [number of sequences that sample, V]
+    poisoned: list[bool]  # of every scheduled sequence: NaN or infinity in what the model made of its tokens
+
+
+class Runner(Protocol):
+    """What the engine needs of a model; tests put a scripted one in its place."""
+
+    def run(self, scheduled: list[Scheduled]) -> RunResult: ...
+
+
+class PooledAttention:
+    """One step's attention: handed down through the model to every layer, with the step's plan."""
+
+    def __init__(self, backend: CpuBackend | ReferenceBackend, batch: PagedBatch, last_layer: int) -> None:
+        self._backend = backend
+        self._plan = backend.plan(batch)
+        self._last_layer = last_layer
+        self.finite = torch.empty(0, dtype=torch.bool)  # [T], after the last layer
+
+    def attend(
+        self,
+        layer_idx: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `AttentionTarget`."""
+        out = self._backend.attend(
+            self._plan,  # type: ignore[arg-type]
+            layer_idx,
+            q,
+            k,
+            v,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+        if layer_idx == self._last_layer:
+            # A token attends to itself, so what is wrong with it in any layer before shows here.
+            self.finite = out.isfinite().all(dim=(1, 2))
+        return out.to(q.dtype)
+
+
+class ModelRunner:
+    """The model and the pool, on one device."""
+
+    def __init__(self, loaded: LoadedModel, layout: Layout, num_slots: int, backend: str) -> None:
+        self.loaded = loaded
+        self.layout = layout
+        self.slab = torch.empty(num_slots, layout.page_bytes, dtype=torch.uint8)  # touched when first written
+        self.backend = BACKENDS[backend](self.slab, layout, loaded.model.dtype)
+        if backend == "reference":
+            compute_rows_alone(loaded.model)
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[Scheduled]) -> RunResult:
+        """Compute the scheduled tokens. Running the same again is harmless: it writes the same bytes."""
+        logits, finite = self._forward(scheduled)
+        poisoned = [not bool(rows.all()) for rows in finite.split([item.num_new for item in scheduled])]
+        return RunResult(logits, poisoned)
+
+    def _forward(self, scheduled: list[Scheduled]) -> tuple[Tensor, Tensor]:
+        """(logits [sampling sequences, V], finite [T])"""
+        tokens: list[int] = []
+        positions: list[int] = []
+        asked: list[int] = []
+        row = 0
+        for item in scheduled:
+            end = item.start + item.num_new
+            tokens += item.sequence.token_ids[item.start : end]
+            positions += range(item.start, end)
+            row += item.num_new
+            if item.samples:
+                asked.append(row - 1)
+        attention = PooledAttention(self.backend, paged_batch(scheduled, self.layout), self.loaded.num_layers - 1)
+        output = self.loaded.model(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=torch.tensor(asked or [row - 1]),
+            gear_batch=attention,
+        )
+        return output.logits[0, : len(asked)], attention.finite
+
+
+def paged_batch(scheduled: list[Scheduled], layout: Layout) -> PagedBatch:
+    """The tables of a step: which slots hold what each sequence has, and what it is about to write."""
+    new = torch.tensor([0] + [item.num_new for item in scheduled])
+    return PagedBatch(
+        query_start=new.cumsum(0),
+        context_len=torch.tensor([item.start for item in scheduled]),
+        page_table=_table([item.pages for item in scheduled], 1),
+        open_slots=_table([item.sequence.open_slots for item in scheduled], layout.max_runs),
+        next_open_slots=_table([item.next_open_slots for item in scheduled], layout.max_runs),
+    )
+
+
+def _table(rows: list[list[int]], min_width: int) -> Tensor:
+    """Rows of unequal length as one [N, width] int64, −1 where a row has ended."""
+    width = max(min_width, *(len(row) for row in rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+def compute_rows_alone(model: nn.Module) -> None:
+    """Make every linear layer multiply one token at a time, so that no sum depends on what else is in the batch.
+
+    Slow, and exact: with the reference backend a prompt gives the same bits however it is cut into chunks.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = functools.partial(_row_by_row, module)  # type: ignore[method-assign]
+
+
+def _row_by_row(linear: nn.Linear, x: Tensor) -> Tensor:
+    rows = [functional.linear(row, linear.weight, linear.bias) for row in x.flatten(0, -2)]
+    return torch.stack(rows).unflatten(0, x.shape[:-1])

@@ -1,0 +1,187 @@
+"""Chooses the next token of every row of a batch, on the device, from a random stream that belongs to the row alone.
+It knows logits and sampling parameters; it refuses to know requests, pages, and what ends a sequence.
+
+A row's draw depends on its own logits, its seed and its position, bit for bit: nothing here adds floating-point numbers
+up, because the order of such a sum changes with the shape of the batch. Probabilities become integers first.
+"""
+
+import hashlib
+import math
+import struct
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gear_engine.protocol import SamplingParams
+
+GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: dividing by it would overflow
+WEIGHT_ONE = 2.0**40  # the weight of the best token; a sum over 4 million tokens still fits into an int64
+NUM_CANDIDATES = 256  # top_p looks at so many of the best tokens before it sorts the whole vocabulary
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What row i of the logits needs to be sampled. The token ids are read only when a penalty asks for them."""
+
+    params: SamplingParams
+    seed: int  # already drawn when the request names none
+    position: int  # index of the output token: 0 for the first
+    prompt_token_ids: Sequence[int] = ()
+    output_token_ids: Sequence[int] = ()
+
+
+class Sampler:
+    """Parameters mean and follow what they do in vLLM: bias, penalties, temperature, min_p, top_k, top_p."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+        """logits: [N, V] of any float type -> N tokens; None where no token can be chosen (NaN, +inf, or all -inf)."""
+        assert len(rows) == logits.shape[0]
+        logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
+        best, tokens = logits.max(dim=-1)  # a tie goes to the lowest index
+        healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
+        adjusted = _adjusted(logits, rows, self.eos_token_ids)
+        if adjusted is not None:
+            logits = adjusted
+            best, tokens = logits.max(dim=-1)
+            healthy &= best.isfinite()
+        drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
+        if drawn:
+            index = torch.tensor(drawn, device=logits.device)
+            tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in drawn])
+        tokens = tokens.where(healthy, -1)  # -1: no token; one copy to the host for the whole batch
+        return [None if token < 0 else token for token in tokens.tolist()]
+
+
+@dataclass(slots=True)
+class _Entries:
+    """Some logits, each named by row and token, and a value for each."""
+
+    rows: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, row: int, tokens: Collection[int], values: Collection[float]) -> None:
+        self.rows += [row] * len(tokens)
+        self.tokens += tokens
+        self.values += values
+
+    def where(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        where = torch.tensor([self.rows, self.tokens], dtype=torch.long, device=like.device)
+        return where[0], where[1]
+
+    def added_to(self, logits: Tensor) -> None:
+        values = torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
+        logits.index_put_(self.where(logits), values, accumulate=True)
+
+
+def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor | None:
+    """A float32 copy with biases, min_tokens and penalties worked in; None where no row asks for any."""
+    biases, seen, penalties = _Entries(), _Entries(), _Entries()
+    for i, row in enumerate(rows):
+        p = row.params
+        biases.add(i, p.logit_bias.keys(), p.logit_bias.values())
+        if row.position < p.min_tokens:
+            ends = {*eos_token_ids, *p.stop_token_ids}
+            biases.add(i, ends, [-math.inf] * len(ends))
+        if p.repetition_penalty != 1.0:
+            tokens = {*row.prompt_token_ids, *row.output_token_ids}
+            seen.add(i, tokens, [p.repetition_penalty] * len(tokens))
+        if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
+            counts = Counter(row.output_token_ids)
+            penalties.add(i, counts.keys(), [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()])
+    if not (biases.rows or seen.rows or penalties.rows):
+        return None
+    logits = logits.to(torch.float32, copy=True)
+    biases.added_to(logits)
+    where = seen.where(logits)
+    factor = torch.tensor(seen.values, dtype=logits.dtype, device=logits.device)
+    logits[where] = torch.where(logits[where] > 0, logits[where] / factor, logits[where] * factor)
+    penalties.added_to(logits)
+    return logits
+
+
+def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Tokens [N] drawn from softmax(logits / temperature), cut by min_p, top_k and top_p; logits: [N, V] float32.
+
+    The uniform number u picks the first token at which the running sum of integer weights exceeds u times their total.
+    """
+    temperature = _column([row.params.temperature for row in rows], logits)
+    scaled = (logits - best[:, None]) / temperature  # the best token is at 0, so nothing overflows
+    keep = scaled >= _threshold(scaled, [row.params for row in rows])
+    cumulative = _weights(scaled).where(keep, 0).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    u = _column([uniform(row.seed, row.position) for row in rows], total.double())
+    target = torch.minimum((u * total).long(), total - 1)  # the product may round up to the total itself
+    token = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)  # a row of NaN finds nothing; `sample` reports it
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that belongs to output token `position` of the stream `seed`: 53 bits of a hash of both."""
+    message = struct.pack("<QQ", seed & (2**64 - 1), position)
+    return (int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") >> 11) / 2**53
+
+
+def _weights(scaled: Tensor) -> Tensor:
+    """exp(scaled) as int64, 2^40 for the best token: exact for float32, so sums do not depend on their order.
+
+    Tokens less than 2^-40 (1e-12) as likely as the best have weight 0 and are never drawn.
+    """
+    return (scaled.exp() * WEIGHT_ONE).long()
+
+
+def _threshold(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[N, 1]: the smallest scaled logit that min_p, top_k and top_p leave in.
+
+    A set is cut by value, so equal logits at its edge stay in together, as top_k does in vLLM.
+    """
+    lowest = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], scaled)
+    V = scaled.shape[-1]
+    top_k = [p.top_k if 0 < p.top_k < V else V for p in params]
+    top_p = [p.top_p for p in params]
+    wants_p = any(p < 1.0 for p in top_p)
+    num_sorted = max([k for k in top_k if k < V] + [min(NUM_CANDIDATES, V)] * wants_p, default=0)
+    if num_sorted == 0:
+        return lowest
+    best = scaled.topk(num_sorted, dim=-1).values  # [N, num_sorted], descending
+    lowest = lowest.maximum(_kth(best, top_k))
+    if not wants_p:
+        return lowest
+    enough, edge = _nucleus(scaled, best, lowest, top_p)
+    if not enough:
+        _, edge = _nucleus(scaled, scaled.sort(dim=-1, descending=True).values, lowest, top_p)
+    return lowest.maximum(edge)
+
+
+def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:
+    """[N, 1]: each row's k-th best value, and -inf where k reaches beyond what was sorted, which cuts nothing."""
+    k = torch.tensor(top_k, device=best.device)[:, None]
+    value = best.gather(-1, k.clamp(max=best.shape[-1]) - 1)
+    return value.masked_fill(k > best.shape[-1], -math.inf)
+
+
+def _nucleus(scaled: Tensor, best: Tensor, lowest: Tensor, top_p: Sequence[float]) -> tuple[bool, Tensor]:
+    """Whether `best` holds every row's nucleus, and [N, 1] the value at its edge.
+
+    The nucleus is the fewest of the best tokens that reach top_p of the weight of all tokens at or above `lowest`.
+    """
+    total = _weights(scaled).where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
+    wanted = (_column(top_p, total.double()) * total).ceil().long()
+    cumulative = _weights(best).where(best >= lowest, 0).cumsum(dim=-1)
+    first = torch.searchsorted(cumulative, wanted)  # [N, 1]: the first place that reaches it
+    off = torch.tensor([p >= 1.0 for p in top_p], device=best.device)[:, None]
+    enough = bool(((first < best.shape[-1]) | off).all())
+    edge = best.gather(-1, first.clamp(max=best.shape[-1] - 1))
+    return enough, edge.masked_fill(off, -math.inf)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[N, 1] of the same type and on the same device."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

@@ -1,0 +1,141 @@
+"""From a configuration to an engine that is ready: every "auto" is resolved here, and every refusal to start is here.
+
+Warm-up runs one request through the whole path, so that kernels are compiled before the first user waits for them.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gear_compression.config import ConfigError, preset
+from gear_compression.layout import Layout, layout_for
+from gear_engine.config import EngineConfig
+from gear_engine.engine import Engine, Limits
+from gear_engine.model_files import Dtype, model_folder
+from gear_engine.model_loader import LoadedModel, load_model
+from gear_engine.plan import MemoryPlan, plan_memory
+from gear_engine.protocol import AddRequest, EngineInfo, EngineStartError, SamplingParams
+from gear_engine.runner import BACKENDS, ModelRunner
+from gear_engine.sampler import Sampler
+from gear_engine.scheduler import Scheduler
+from gear_engine.slots import SlotAllocator
+
+logger = logging.getLogger(__name__)
+
+_DTYPES: dict[str, tuple[Dtype, torch.dtype]] = {
+    "auto": ("float32", torch.float32),
+    "float32": ("float32", torch.float32),
+    "bfloat16": ("bfloat16", torch.bfloat16),
+}
+
+
+@dataclass(slots=True)
+class StartedEngine:
+    """A warm engine and what it says of itself."""
+
+    engine: Engine
+    info: EngineInfo
+
+
+def start_engine(config: EngineConfig) -> StartedEngine:
+    """Raises `EngineStartError`, one sentence that names the remedy, for whatever cannot be served."""
+    backend = _checked(config)
+    dtype_name, dtype = _DTYPES[config.dtype]
+    folder = model_folder(config.model, dtype_name)
+    loaded = load_model(folder, "cpu", dtype)
+    layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
+    plan = plan_memory(
+        loaded.config,
+        layout,
+        weights_bytes=loaded.weights_bytes,
+        max_position=loaded.max_position,
+        memory=config.memory,
+        num_pages=config.num_pages,
+        max_model_len=config.max_model_len,
+        max_running=config.max_running,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+    try:
+        runner = ModelRunner(loaded, layout, plan.num_pages, backend)
+    except RuntimeError as error:  # torch cannot get the slab from the system
+        raise EngineStartError(f"cannot allocate {plan.pages_bytes:,} bytes of pages: lower --memory") from error
+    _warm_up(_engine(config, loaded, layout, plan, runner))
+    engine = _engine(config, loaded, layout, plan, runner)
+    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, dtype_name))
+
+
+def _checked(config: EngineConfig) -> str:
+    """The backend to use, if the settings make sense together."""
+    if config.device not in ("auto", "cpu"):
+        raise EngineStartError(
+            f"--device {config.device} is not served by this version, which runs on the CPU: use --device cpu"
+        )
+    if config.dtype not in _DTYPES:
+        raise EngineStartError(f"--dtype {config.dtype!r} is unknown: choose one of {', '.join(_DTYPES)}")
+    backend = "cpu" if config.backend == "auto" else config.backend
+    if backend not in BACKENDS:
+        raise EngineStartError(f"--backend {config.backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}")
+    for name in ("max_running", "max_batch_tokens", "max_waiting", "num_pages", "max_model_len"):
+        value = getattr(config, name)
+        if value is not None and value < (0 if name == "max_waiting" else 1):
+            raise EngineStartError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if config.max_batch_tokens < config.max_running:
+        raise EngineStartError(
+            f"--max-batch-tokens {config.max_batch_tokens} must be at least --max-running {config.max_running}: "
+            "a step computes one token of every running sequence"
+        )
+    return backend
+
+
+def model_layout(preset_name: str, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Layout:
+    """The page layout of a preset for a model's shape."""
+    try:
+        return layout_for(preset(preset_name), num_layers, num_kv_heads, head_dim, dtype.itemsize)
+    except ConfigError as error:
+        raise EngineStartError(f"--preset {preset_name}: {error}") from error
+
+
+def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: MemoryPlan, runner: ModelRunner) -> Engine:
+    scheduler = Scheduler(
+        SlotAllocator(plan.num_pages),
+        layout,
+        max_running=config.max_running,
+        max_batch_tokens=config.max_batch_tokens,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+    sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
+    return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size))
+
+
+def _warm_up(engine: Engine) -> None:
+    """Fill a page, attend past it, and decode: every kernel runs once."""
+    num_prompt = max(1, min(engine.scheduler.layout.page_size + 2, engine.limits.max_model_len - 3))
+    tokens = [token % engine.limits.vocab_size for token in range(1, num_prompt + 1)]
+    engine.add(AddRequest("warm-up", tokens, SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)))
+    while engine.has_work:
+        engine.step()
+
+
+def _info(
+    config: EngineConfig, folder: Path, loaded: LoadedModel, layout: Layout, plan: MemoryPlan, backend: str, dtype: str
+) -> EngineInfo:
+    return EngineInfo(
+        model_path=str(folder),
+        max_model_len=plan.max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=list(loaded.eos_token_ids),
+        preset=config.preset,
+        backend=backend,
+        device="cpu",
+        dtype=dtype,
+        num_layers=loaded.num_layers,
+        num_pages=plan.num_pages,
+        page_size=layout.page_size,
+        page_bytes=layout.page_bytes,
+        bf16_token_bytes=layout.token_bytes,
+        kv_compression_ratio=layout.compression_ratio,
+        memory=plan.rows(),
+        memory_table=plan.table(config.preset),
+    )
