@@ -1,0 +1,158 @@
+"""The command `gear-loadtest`: options in, table and JSON out, and an exit status that a script can trust.
+
+Exit status: 0 all requests succeeded, 1 some failed or the server is unusable, 2 the command line is wrong.
+"""
+
+import asyncio
+import random
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from gear_loadtest.errors import LoadTestError, UsageError
+from gear_loadtest.plan import LoadPlan, refuse_flood, resolve_arrivals
+from gear_loadtest.target import parse_target
+
+if TYPE_CHECKING:
+    from gear_loadtest.report import Report
+
+_MAX_OPEN_FILES = 65536
+_LOAD, _REQUEST = "Load", "Request"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(no_args_is_help=True)
+def load_test(
+    url: Annotated[str, Argument(help="Base URL, such as http://127.0.0.1:8000.", metavar="URL", show_default=False)],
+    rate: Annotated[
+        float | None,
+        Option(help="Open loop: requests per second, at random (Poisson) times.", metavar="R", rich_help_panel=_LOAD),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Closed loop: requests kept running; 1 unless --rate is given.",
+            metavar="N",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
+    num_requests: Annotated[int, Option(min=1, help="Requests in all.", metavar="N", rich_help_panel=_LOAD)] = 100,
+    seed: Annotated[
+        int | None,
+        Option(
+            help="Of arrival times and prompts. Drawn anew each time: a server may have cached the last run's prompts.",
+            metavar="N",
+            rich_help_panel=_LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        Option(
+            help="Model to ask for: the first that the server lists, unless named.",
+            metavar="NAME",
+            rich_help_panel=_REQUEST,
+            show_default=False,
+        ),
+    ] = None,
+    input_len: Annotated[
+        int, Option(min=1, help="Tokens in a prompt, about.", metavar="N", rich_help_panel=_REQUEST)
+    ] = 512,
+    output_len: Annotated[int, Option(min=1, help="Tokens in an answer.", metavar="N", rich_help_panel=_REQUEST)] = 128,
+    timeout_s: Annotated[
+        float,
+        Option(help="Seconds that one request may take.", metavar="S", rich_help_panel=_REQUEST),
+    ] = 600.0,
+    json_path: Annotated[
+        Path | None,
+        Option(
+            "--json", help="Write the report here too.", metavar="FILE", rich_help_panel="Other", show_default=False
+        ),
+    ] = None,
+    own_target: Annotated[
+        bool,
+        Option("--i-own-this-target", help="Allow heavy load on another machine.", rich_help_panel="Other"),
+    ] = False,
+) -> None:
+    """Measure throughput and latency of an OpenAI-compatible server.
+
+    Sends random prompts to /v1/completions as streams. An API key is taken from GEAR_API_KEY or OPENAI_API_KEY.
+    Ctrl-C ends the run early and reports what was measured.
+    """
+    try:
+        rate, concurrency = resolve_arrivals(rate, concurrency)
+        plan = LoadPlan(
+            model=model,
+            rate=rate,
+            concurrency=concurrency,
+            num_requests=num_requests,
+            input_len=input_len,
+            output_len=output_len,
+            seed=seed if seed is not None else random.randrange(2**31),
+            timeout_s=timeout_s,
+        )
+        report = _measure(url, plan, json_path, own_target)
+    except LoadTestError as error:
+        print(f"gear-loadtest: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_status) from None
+    raise typer.Exit(1 if report.num_errors else 0)
+
+
+def _measure(url: str, plan: LoadPlan, json_path: Path | None, own_target: bool) -> "Report":
+    target = parse_target(url)
+    refuse_flood(plan, target, own_target=own_target)
+    if json_path is not None:
+        _check_writable(json_path)
+    _allow_many_connections()
+
+    import orjson  # these cost more than --help may
+    from rich.console import Console
+
+    from gear_loadtest.run import run_load_test
+    from gear_loadtest.table import render
+
+    report = asyncio.run(run_load_test(plan, target, Console(stderr=True)))
+    Console().print(render(report))
+    if json_path is not None:
+        _write(json_path, orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    return report
+
+
+def _check_writable(path: Path) -> None:
+    """Now, not after an hour of measuring. Leaves no empty file behind."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"cannot write --json {path} ({error.strerror}): name a file in an existing folder") from None
+    if not existed:
+        path.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise LoadTestError(f"could not write {path} ({error.strerror}): the table above is the only report") from None
+
+
+def _allow_many_connections() -> None:
+    """Each request in flight holds a connection, and the usual soft limit is 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The report as a person reads it: 80 columns, milliseconds, and what went wrong at the end, where it is seen.
+
+Everything that a server sent is printed as plain text, never as markup.
+"""
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gear_loadtest.distribution import Distribution
+from gear_loadtest.report import Report
+
+_WIDTH = 80
+_LATE_S = 0.010  # sent later than planned, on average: worth a word
+
+
+def render(report: Report) -> RenderableType:
+    parts: list[RenderableType] = [_heading(report), _throughput(report)]
+    if report.num_ok:
+        parts.append(_latency(report))
+    if report.errors:
+        parts.append(_errors(report))
+    parts += [Padding(Text(note, "yellow"), (0, 1)) for note in _notes(report)]
+    return Group(*(Padding(part, (1, 0, 0, 0)) for part in parts), "")
+
+
+def _heading(report: Report) -> Text:
+    plan = report.command
+    load = (
+        f"open loop, {plan.rate:g} requests/s" if plan.rate is not None else f"closed loop, {plan.concurrency} at once"
+    )
+    text = Text()
+    text.append(f" {report.model}", "bold").append(f" at {report.url}\n")
+    text.append(f" {load} · seed {plan.seed} · {report.duration_s:,.1f} s\n", "dim")
+    text.append(f" {report.num_ok:,} ok", "bold green" if report.num_ok else "bold")
+    text.append(", ").append(f"{report.num_errors:,} failed", "bold red" if report.num_errors else "")
+    if report.interrupted:
+        text.append(f", {report.num_cancelled:,} cut off · interrupted, {plan.num_requests:,} were planned", "yellow")
+    return text
+
+
+def _throughput(report: Report) -> Table:
+    table = _table()
+    table.add_column(_title("Throughput", ""), ratio=1)
+    table.add_column("per second", justify="right")
+    table.add_column("", width=6)
+    table.add_column(_title("Length", "tokens"), ratio=1)
+    table.add_column("mean", justify="right", width=8)
+    table.add_column("asked", justify="right", width=8)
+    plan = report.command
+    rows = (
+        ("requests", report.request_throughput, "prompt", report.input_tokens_mean, plan.input_len),
+        ("output tokens", report.output_token_throughput, "output", report.output_tokens_mean, plan.output_len),
+        ("total tokens", report.total_token_throughput, "", None, None),
+    )
+    for what, per_second, of_what, mean, asked in rows:
+        sizes = (_number(mean), f"{asked:,}") if asked is not None else ("", "")
+        table.add_row(what, Text(_number(per_second), "bold"), "", of_what, *sizes)
+    return table
+
+
+def _latency(report: Report) -> Table:
+    table = _table()
+    table.add_column(_title("Latency", "milliseconds"), ratio=1)
+    for column in ("mean", "p50", "p90", "p99", "max"):
+        table.add_column(column, justify="right", width=8)
+    rows = (
+        ("TTFT", "first chunk", report.ttft_s),
+        ("ITL", "chunk gaps", report.itl_s),
+        ("TPOT", "per token", report.tpot_s),
+        ("E2E", "whole answer", report.e2e_s),
+    )
+    for name, meaning, measured in rows:
+        table.add_row(Text.assemble(f"{name:<5}", (meaning, "dim")), *_milliseconds(measured))
+    return table
+
+
+def _errors(report: Report) -> Table:
+    table = _table()
+    table.add_column(_title("Errors", "", "red"), no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("for example", ratio=1, overflow="fold")
+    for kind, count in report.errors.items():
+        table.add_row(kind, Text(f"{count:,}", "bold red"), Text(report.error_examples[kind], "dim"))
+    return table
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, width=_WIDTH, header_style="dim", show_edge=False)
+
+
+def _title(name: str, unit: str, style: str = "cyan") -> Text:
+    return Text.assemble((name, f"not dim bold {style}"), f"  {unit}" if unit else "")
+
+
+def _notes(report: Report) -> list[str]:
+    """What the figures do not say by themselves."""
+    notes = []
+    chunks = report.chunks
+    if chunks.num_requests_without_usage:
+        notes.append(
+            f"{chunks.num_requests_without_usage:,} of {report.num_ok:,} requests came without usage: "
+            "their output tokens are counted by chunks, their prompts not at all."
+        )
+    if chunks.num_requests_differing:
+        notes.append(
+            f"{chunks.num_requests_differing:,} of {report.num_ok:,} requests had more or fewer chunks "
+            "than tokens: ITL is the gap between chunks, TPOT the time of a token."
+        )
+    if report.e2e_s and report.service_e2e_s and report.e2e_s.mean - report.service_e2e_s.mean > _LATE_S:
+        late_ms = (report.e2e_s.mean - report.service_e2e_s.mean) * 1000
+        notes.append(
+            f"This machine could not keep the schedule: it sent {late_ms:,.0f} ms late on average, which TTFT and E2E "
+            "include."
+        )
+    return notes
+
+
+def _milliseconds(measured: Distribution | None) -> list[str]:
+    if measured is None:
+        return ["–"] * 5
+    return [_number(value * 1000) for value in (measured.mean, measured.p50, measured.p90, measured.p99, measured.max)]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
