@@ -175,7 +175,7 @@ class EngineClient:
             code = self._process.returncode
             self._dead = EngineDead(f"the engine process ended (code {code}); requests in flight are lost")
             for stream in self._streams.values():
-                stream.put(self._dead)
+                stream.put(EngineDead(str(self._dead)))
 
     def submit(
         self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0
@@ -186,7 +186,7 @@ class EngineClient:
         Use it as a context manager: leaving it early aborts the request.
         """
         if self._dead is not None:
-            raise self._dead
+            raise EngineDead(str(self._dead))  # a new one: raising one again and again would grow its traceback
         validate(token_ids, params, max_model_len=self.info.max_model_len, vocab_size=self.info.vocab_size)
         if self.num_requests >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(self.num_requests - self.config.max_running)

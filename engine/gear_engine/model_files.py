@@ -28,7 +28,7 @@ DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.*", "*.txt"]
 HUB_FILES_IGNORED = ["*/*", "consolidated*"]  # other formats in subfolders, and the same weights a second time
 CONVERSION = "1"  # part of the name of a converted model: raise it when the conversion changes
-STALE_AFTER_S = 3600.0  # a conversion that was killed leaves its folder behind; none takes so long
+STALE_AFTER_S = 86_400.0  # a conversion that was killed leaves its folder behind; none takes a day
 
 Dtype = Literal["float32", "bfloat16"]
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def model_folder(model: str | None, dtype: Dtype = "float32") -> Path:
         return checked_folder(path)
     if _looks_like_a_path(model):
         raise EngineStartError(f"no such model folder or file: {path}; check the spelling")
-    return checked_folder(_downloaded(model))
+    return checked_folder(downloaded(model))
 
 
 def served_name(model: str | None) -> str:
@@ -96,9 +96,8 @@ def checked_folder(folder: Path) -> Path:
 def _check_weights(folder: Path) -> None:
     if (folder / "model.safetensors").is_file():
         return
-    if (folder / "model.safetensors.index.json").is_file():
-        index = read_json(folder / "model.safetensors.index.json", "download it again")
-        for shard in sorted(set(index.get("weight_map", {}).values())):
+    if (index := folder / "model.safetensors.index.json").is_file():
+        for shard in _shards(index):
             if not (folder / shard).is_file():
                 raise EngineStartError(f"{folder} lacks {shard}, which its index names: finish the download")
         return
@@ -110,6 +109,14 @@ def _check_weights(folder: Path) -> None:
             "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)` of transformers, which writes safetensors"
         )
     raise EngineStartError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: add the weights")
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = read_json(index, "download it again").get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise EngineStartError(f"{index} names no files of its folder: download it again")
+    return sorted({*names})
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def _converted(gguf: Path, dtype: Dtype) -> Path:
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=models, ignore_cleanup_errors=True) as scratch:
             logger.info("converting %s to %s, once (about 20 s for a small model)", gguf.name, folder)
             made = Path(scratch) / name
-            _convert(gguf, made, dtype)
+            convert(gguf, made, dtype)
             made.rename(folder)
     except (OSError, SafetensorError) as error:
         if folder.is_dir():  # another process was faster: a folder is never renamed onto a full one
@@ -178,7 +185,7 @@ def _remove_stale(models: Path) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _convert(gguf: Path, folder: Path, dtype: Dtype) -> None:
+def convert(gguf: Path, folder: Path, dtype: Dtype) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,7 +216,7 @@ def _convert(gguf: Path, folder: Path, dtype: Dtype) -> None:
         file.chmod(0o755 if file.is_dir() else 0o644)
 
 
-def _downloaded(name: str, download: Callable[..., str] | None = None) -> Path:
+def downloaded(name: str, download: Callable[..., str] | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     logger.info("looking for %s on the Hugging Face hub", name)

@@ -44,13 +44,9 @@ class Sampler:
         """logits: [N, V] of any float type -> N tokens; None where no token can be chosen (NaN, +inf, or all -inf)."""
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
+        logits = _adjusted(logits, rows, self.eos_token_ids)
         best, tokens = logits.max(dim=-1)  # a tie goes to the lowest index
         healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
-        adjusted = _adjusted(logits, rows, self.eos_token_ids)
-        if adjusted is not None:
-            logits = adjusted
-            best, tokens = logits.max(dim=-1)
-            healthy &= best.isfinite()
         drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
@@ -81,8 +77,11 @@ class _Entries:
         logits.index_put_(self.where(logits), values, accumulate=True)
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor | None:
-    """A float32 copy with biases, min_tokens and penalties worked in; None where no row asks for any."""
+def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
+    """A float32 copy with biases, min_tokens and penalties worked in; the logits themselves where no row asks for any.
+
+    A poisoned logit stays one: NaN and +inf come out of every line below as NaN or +inf.
+    """
     biases, seen, penalties = _Entries(), _Entries(), _Entries()
     for i, row in enumerate(rows):
         p = row.params
@@ -97,7 +96,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
             counts = Counter(row.output_token_ids)
             penalties.add(i, counts.keys(), [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()])
     if not (biases.rows or seen.rows or penalties.rows):
-        return None
+        return logits
     logits = logits.to(torch.float32, copy=True)
     biases.added_to(logits)
     where = seen.where(logits)
@@ -114,8 +113,9 @@ def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     temperature = _column([row.params.temperature for row in rows], logits)
     scaled = (logits - best[:, None]) / temperature  # the best token is at 0, so nothing overflows
-    keep = scaled >= _threshold(scaled, [row.params for row in rows])
-    cumulative = _weights(scaled).where(keep, 0).cumsum(dim=-1)
+    weights = _weights(scaled)
+    keep = scaled >= _threshold(scaled, weights, [row.params for row in rows])
+    cumulative = weights.where(keep, 0).cumsum(dim=-1)
     total = cumulative[:, -1:]
     u = _column([uniform(row.seed, row.position) for row in rows], total.double())
     target = torch.minimum((u * total).long(), total - 1)  # the product may round up to the total itself
@@ -137,7 +137,7 @@ def _weights(scaled: Tensor) -> Tensor:
     return (scaled.exp() * WEIGHT_ONE).long()
 
 
-def _threshold(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _threshold(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """[N, 1]: the smallest scaled logit that min_p, top_k and top_p leave in.
 
     A set is cut by value, so equal logits at its edge stay in together, as top_k does in vLLM.
@@ -154,10 +154,15 @@ def _threshold(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     lowest = lowest.maximum(_kth(best, top_k))
     if not wants_p:
         return lowest
-    enough, edge = _nucleus(scaled, best, lowest, top_p)
-    if not enough:
-        _, edge = _nucleus(scaled, scaled.sort(dim=-1, descending=True).values, lowest, top_p)
-    return lowest.maximum(edge)
+    total = weights.where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
+    wanted = (_column(top_p, total.double()) * total).ceil().long()
+    off = torch.tensor([p >= 1.0 for p in top_p], device=scaled.device)
+    enough, edge = _nucleus(best, lowest, wanted)
+    wide = (~(enough | off)).nonzero().squeeze(-1)
+    if len(wide):
+        everything = scaled[wide].sort(dim=-1, descending=True).values
+        edge[wide] = _nucleus(everything, lowest[wide], wanted[wide])[1]
+    return lowest.maximum(edge.masked_fill(off[:, None], -math.inf))
 
 
 def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:
@@ -167,19 +172,15 @@ def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:
     return value.masked_fill(k > best.shape[-1], -math.inf)
 
 
-def _nucleus(scaled: Tensor, best: Tensor, lowest: Tensor, top_p: Sequence[float]) -> tuple[bool, Tensor]:
-    """Whether `best` holds every row's nucleus, and [N, 1] the value at its edge.
+def _nucleus(best: Tensor, lowest: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """[N]: whether the descending `best` at or above `lowest` reach the weight `wanted`; [N, 1]: the value where.
 
-    The nucleus is the fewest of the best tokens that reach top_p of the weight of all tokens at or above `lowest`.
+    So the nucleus is the fewest of the best tokens that reach top_p of the weight which min_p and top_k left.
     """
-    total = _weights(scaled).where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
-    wanted = (_column(top_p, total.double()) * total).ceil().long()
     cumulative = _weights(best).where(best >= lowest, 0).cumsum(dim=-1)
-    first = torch.searchsorted(cumulative, wanted)  # [N, 1]: the first place that reaches it
-    off = torch.tensor([p >= 1.0 for p in top_p], device=best.device)[:, None]
-    enough = bool(((first < best.shape[-1]) | off).all())
+    first = torch.searchsorted(cumulative, wanted)  # [N, 1]
     edge = best.gather(-1, first.clamp(max=best.shape[-1] - 1))
-    return enough, edge.masked_fill(off, -math.inf)
+    return first.squeeze(-1) < best.shape[-1], edge
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:

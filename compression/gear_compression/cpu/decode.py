@@ -74,7 +74,8 @@ def run_row(lay, slot, layer, head, kind, token):  # type: ignore[no-untyped-def
 def add_product(weights, matrix, first, last, out):  # type: ignore[no-untyped-def]
     """out [G, n] += weights [G, V] @ matrix [V, n] in the columns [first, last).
 
-    Four rows of the matrix a pass, for a quarter of the traffic on out, and not more: the compiler must prove at run time that no row overlaps out, and gives up past eight proofs.
+    Four rows of the matrix a pass, for a quarter of the traffic on out, and not more: the compiler must prove at
+    run time that no row overlaps out, and gives up past eight proofs.
     """
     G, V = weights.shape
     whole = V // 4 * 4
