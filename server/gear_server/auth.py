@@ -1,0 +1,54 @@
+"""Who may call what: with API keys set, everything but the open routes wants one as a bearer token.
+
+Plain ASGI middleware, so that unknown routes and the documentation are behind the key too.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gear_server.errors import ApiError, error_response
+
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # "/": the static page holds no data and asks for the key
+
+
+class RequireKey:
+    def __init__(self, app: ASGIApp, api_keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        await error_response(_refusal(scope))(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        if not self._digests:
+            return True
+        given = _digest(_bearer_token(scope) or b"")
+        # Digests have one length, and every key is compared: time tells nothing about any of them.
+        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _bearer_token(scope: Scope) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, token = value.partition(b" ")
+            return token.strip() if scheme.lower() == b"bearer" else None
+    return None
+
+
+def _refusal(scope: Scope) -> ApiError:
+    message = (
+        "no API key was sent: send the header Authorization: Bearer YOUR_KEY"
+        if _bearer_token(scope) is None
+        else "the API key is not one of this server's"
+    )
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

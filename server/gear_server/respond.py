@@ -1,0 +1,106 @@
+"""The way that both generating routes share: check, encode, submit, and answer whole or as a stream.
+
+What the answer looks like is the route's business (`AnswerFormat`).
+"""
+
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gear_engine.protocol import FinishReason
+from gear_server.context import Context
+from gear_server.disconnect import unless_disconnected
+from gear_server.errors import ApiError
+from gear_server.generate import Delta, Generation, Usage
+from gear_server.openai_types import SamplingBody
+from gear_server.sse import Chunk, EventStream
+
+logger = logging.getLogger("gear_server")
+
+
+@dataclass(slots=True)
+class Answer:
+    """A whole choice."""
+
+    index: int
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class AnswerFormat(Protocol):
+    def whole(self, answers: list[Answer], usage: Usage) -> dict[str, Any]: ...
+
+    def chunks(self, delta: Delta) -> Iterable[Chunk]: ...
+
+    def usage_chunk(self, usage: Usage) -> Chunk: ...
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def resolve_model(context: Context, model: str | None) -> str:
+    """The name to answer with. Raises 404 for a model that is not served."""
+    names = context.model_names
+    if model is None:
+        return names[0]
+    if model not in names:
+        message = f"the model {model[:100]!r} is not served here; served: {', '.join(names)}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return model
+
+
+def log_unknown(body: BaseModel) -> None:
+    """Other servers' extra fields do no harm; whoever wonders about one finds it in the debug log."""
+    if body.model_extra:
+        logger.debug("ignored fields: %s", ", ".join(sorted(body.model_extra)))
+
+
+async def answer(request: Request, body: SamplingBody, generation: Generation, form: AnswerFormat) -> Response:
+    """The response to a submitted request; whichever way it ends, the generation is closed."""
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(
+            generation, form.chunks, (lambda: form.usage_chunk(generation.usage())) if include_usage else None
+        )
+    try:
+        answers = await unless_disconnected(request.receive, _collect(generation))
+        content = form.whole(answers, generation.usage())
+    finally:
+        generation.close()
+    return json_response(content)
+
+
+def json_response(content: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_completion_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+    }
+
+
+async def _collect(generation: Generation) -> list[Answer]:
+    answers = [Answer(choice.index) for choice in generation.choices]
+    while (deltas := await generation.next_deltas()) is not None:
+        for delta in deltas:
+            answer = answers[delta.index]
+            answer.pieces.append(delta.text)
+            answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+    return answers

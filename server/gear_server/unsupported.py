@@ -1,0 +1,67 @@
+"""Fields that other servers know and this one does not yet: refused by name, because ignoring one changes the answer.
+
+Each comes with the values that ask for nothing and are therefore fine.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gear_engine.protocol import RequestError
+
+_OFF: tuple[Any, ...] = (False,)
+_EMPTY: tuple[Any, ...] = ([], {}, "")
+
+BOTH: dict[str, tuple[Any, ...]] = {
+    "logprobs": _OFF,
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": _EMPTY,
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "use_beam_search": _OFF,
+    "length_penalty": (1, 1.0),
+    "bad_words": _EMPTY,
+    "allowed_token_ids": (),
+    "logits_processors": _EMPTY,
+    "truncate_prompt_tokens": (),
+    "skip_special_tokens": (True,),
+    "return_token_ids": _OFF,
+    "return_tokens_as_token_ids": _OFF,
+    "cache_salt": (),
+    "lora_request": (),
+}
+COMPLETIONS = BOTH | {
+    "suffix": _EMPTY,
+    "prompt_embeds": (),
+}
+CHAT = BOTH | {
+    "top_logprobs": (0,),
+    "tools": _EMPTY,
+    "tool_choice": ("none", "auto"),
+    "functions": _EMPTY,
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "documents": _EMPTY,
+    "chat_template": (),
+    "continue_final_message": _OFF,
+    "echo": _OFF,
+}
+MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _EMPTY, "function_call": (), "audio": ()}
+
+
+def refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise `RequestError` for the first that asks for something; null asks for nothing."""
+    for name, harmless in unsupported.items():
+        value = fields.get(name)
+        if value is not None and not any(_same(value, fine) for fine in harmless):
+            raise RequestError(f"{name} is not supported yet: leave it out", name)
+
+
+def _same(value: Any, fine: Any) -> bool:
+    """In JSON 0 is not false, though in Python they are equal: logprobs=0 asks for something."""
+    return type(value) is type(fine) and value == fine
