@@ -42,6 +42,23 @@ class StartedEngine:
 def start_engine(config: EngineConfig) -> StartedEngine:
     """Raises `EngineStartError`, one sentence that names the remedy, for whatever cannot be served."""
     backend = _checked(config)
+    folder, loaded, layout, plan = _planned(config)
+    try:
+        runner = ModelRunner(loaded, layout, plan.num_pages, backend)
+    except RuntimeError as error:  # torch cannot get the slab from the system
+        raise EngineStartError(f"cannot allocate {plan.pages_bytes:,} bytes of pages: lower --memory") from error
+    _warm_up(_engine(config, loaded, layout, plan, runner))
+    engine = _engine(config, loaded, layout, plan, runner)
+    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, _DTYPES[config.dtype][0]))
+
+
+def planned_memory(config: EngineConfig) -> MemoryPlan:
+    """What `start_engine` would take, without taking the pages."""
+    _checked(config)
+    return _planned(config)[3]
+
+
+def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan]:
     dtype_name, dtype = _DTYPES[config.dtype]
     folder = model_folder(config.model, dtype_name)
     loaded = load_model(folder, "cpu", dtype)
@@ -57,13 +74,7 @@ def start_engine(config: EngineConfig) -> StartedEngine:
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
     )
-    try:
-        runner = ModelRunner(loaded, layout, plan.num_pages, backend)
-    except RuntimeError as error:  # torch cannot get the slab from the system
-        raise EngineStartError(f"cannot allocate {plan.pages_bytes:,} bytes of pages: lower --memory") from error
-    _warm_up(_engine(config, loaded, layout, plan, runner))
-    engine = _engine(config, loaded, layout, plan, runner)
-    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, dtype_name))
+    return folder, loaded, layout, plan
 
 
 def _checked(config: EngineConfig) -> str:

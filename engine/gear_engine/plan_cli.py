@@ -1,0 +1,43 @@
+"""`gear-plan`: what would fit, before anything is downloaded onto a server or taken from it."""
+
+from typing import Annotated
+
+import typer
+
+from gear_engine.config import EngineConfig
+from gear_engine.protocol import EngineStartError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Argument(help="A model folder, a .gguf file or a hub name.")] = None,
+    preset: Annotated[str, typer.Option(help="How pages are stored.")] = "near-lossless",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    memory: Annotated[str, typer.Option(help="A fraction of the machine's memory, or a size such as 8GiB.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
+    max_running: Annotated[int, typer.Option(help="Sequences in a batch.")] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = 512,
+) -> None:
+    """Print the memory table that gear-serve would start with."""
+    from gear_engine.start import planned_memory
+
+    config = EngineConfig(
+        model=model,
+        preset=preset,
+        dtype=dtype,
+        memory=memory,
+        max_model_len=max_model_len,
+        max_running=max_running,
+        max_batch_tokens=max_batch_tokens,
+    )
+    try:
+        typer.echo(planned_memory(config).table(preset))
+    except EngineStartError as error:
+        typer.echo(f"gear-plan: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    app()
