@@ -1,0 +1,182 @@
+"""What a page promises: its bytes, its error, and that it depends on nothing but its own tokens."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gear_compression import PRESETS, GearConfig, PageLayout, PartConfig, layout_for
+from gear_compression.config import ConfigError, preset
+from gear_compression.cpu.backend import CpuBackend
+from gear_compression.paged import PagedBatch
+from gear_compression.reference.packing import pack_codes, unpack_codes
+from gear_compression.reference.pages import compress_pages, compress_part, decompress_pages, decompress_part
+
+GEAR_PRESETS = [name for name, config in PRESETS.items() if isinstance(config, GearConfig)]
+
+
+def keys_like(S: int, D: int, seed: int) -> Tensor:
+    """[S, D] with channel offsets, channel scales and a slow drift over tokens, as rotary keys have."""
+    g = torch.Generator().manual_seed(seed)
+    offset, scale = torch.randn(D, generator=g) * 3, torch.rand(D, generator=g) * 2 + 0.1
+    drift = torch.linspace(0, 3, S)[:, None] * torch.randn(1, D, generator=g)
+    return torch.randn(S, D, generator=g) * scale + offset + torch.sin(drift)
+
+
+def error(x: Tensor, part: PartConfig, is_keys: bool) -> float:
+    compressed = compress_part(x, part, is_keys, 0, False)
+    return float((decompress_part(compressed, is_keys, 0) - x).norm() / x.norm())
+
+
+@given(st.sampled_from([2, 3, 4, 5, 8]), st.integers(1, 40), st.integers(0, 10**6))
+def test_codes_come_back_as_they_were(bits: int, eighths: int, seed: int) -> None:
+    codes = torch.randint(0, 1 << bits, (8 * eighths,), generator=torch.Generator().manual_seed(seed))
+    packed = pack_codes(codes, bits)
+    assert packed.numel() * 8 == codes.numel() * bits
+    assert torch.equal(unpack_codes(packed, bits).long(), codes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_error_falls_as_bits_grow(seed: int, is_keys: bool, symmetric: bool) -> None:
+    x = keys_like(64, 32, seed)
+    errors = [error(x, PartConfig(bits=bits, symmetric=symmetric), is_keys) for bits in (2, 3, 4, 5, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_error_falls_as_rank_and_outliers_grow(seed: int, is_keys: bool, first: bool) -> None:
+    x = keys_like(64, 32, seed)
+    ranks = [error(x, PartConfig(bits=3, rank=rank, low_rank_first=first), is_keys) for rank in (0, 4, 12)]
+    assert ranks[2] < ranks[1] < ranks[0]
+    outliers = [error(x, PartConfig(bits=3, outliers=o), is_keys) for o in (0, 4, 12)]
+    assert outliers[2] < outliers[1] < outliers[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_outlier_entries_come_back_exactly_to_bf16(seed: int, is_keys: bool) -> None:
+    x = keys_like(32, 16, seed)
+    x[3, 5], x[7, 2] = 90.0, -70.0
+    compressed = compress_part(x, PartConfig(bits=4, rank=2, outliers=2), is_keys, 0, False)
+    vectors = x.T if is_keys else x
+    back = decompress_part(compressed, is_keys, 0)
+    got = (back.T if is_keys else back).gather(1, compressed.outlier_index)
+    want = vectors.gather(1, compressed.outlier_index)
+    # Half an ulp of bf16, doubled.
+    assert bool(((got - want).abs() <= compressed.outlier_value.abs() / 256 + 1e-6).all())
+    rows = compressed.outlier_index.tolist()
+    assert all(len(set(row)) == len(row) for row in rows)
+
+
+@pytest.mark.parametrize("name", GEAR_PRESETS)
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128])
+def test_the_bytes_of_a_page_equal_the_formula(name: str, head_dim: int) -> None:
+    config = PRESETS[name]
+    assert isinstance(config, GearConfig)
+    layout = PageLayout(config, num_layers=30, num_kv_heads=3, head_dim=head_dim)
+    total = 0
+    for part, V, n in (
+        (config.keys, head_dim, config.page_size),
+        (config.values, config.page_size, head_dim),
+    ):
+        groups = V * (n // (part.group_size or n))
+        sections = [
+            V * n * part.bits // 8,
+            groups * part.scale_bits // 8,
+            0 if part.symmetric else groups * part.scale_bits // 8,
+            4 if part.scale_bits == 8 else 0,
+            part.rank * config.page_size * part.factor_bits // 8,
+            part.rank * head_dim * part.factor_bits // 8,
+            2 * part.rank if part.factor_bits < 16 else 0,
+            2 * V * part.outliers,
+            V * part.outliers,
+            2 * config.sink_tokens * head_dim,
+        ]
+        total += sum(-(-section // 4) * 4 for section in sections)
+    assert layout.record_bytes == -(-total // 16) * 16
+    assert layout.page_bytes >= 30 * 3 * layout.record_bytes
+
+
+ODD_INPUTS = {
+    "constant": torch.full((64, 16), 3.7),
+    "zero": torch.zeros(64, 16),
+    "tiny": torch.full((64, 16), 1e-35) * torch.arange(16),
+    "huge": torch.linspace(-1e25, 1e25, 1024).view(64, 16),
+    "tied": torch.tensor([1.0, -1.0]).repeat(512).view(64, 16),
+    "mixed": torch.cat([torch.full((64, 8), 1e-6), keys_like(64, 8, 0) * 1e4], 1),
+}
+
+
+@pytest.mark.parametrize("name", GEAR_PRESETS)
+@pytest.mark.parametrize("kind", ODD_INPUTS)
+def test_odd_inputs_stay_finite_and_near(name: str, kind: str) -> None:
+    config = dataclasses.replace(PRESETS[name], page_size=64)
+    layout = PageLayout(config, num_layers=1, num_kv_heads=1, head_dim=16)
+    x = ODD_INPUTS[kind]
+    pages = x[None, :, None]
+    k, v = decompress_pages(compress_pages(pages, pages, layout, torch.tensor([True])), layout, torch.tensor([True]))
+    for back in (k[0, :, 0], v[0, :, 0]):
+        assert bool(back.isfinite().all())
+        assert float((back - x).abs().max()) <= float(x.abs().max()) + 1e-20
+
+
+def test_two_runs_give_identical_bytes_and_pages_do_not_depend_on_their_batch() -> None:
+    layout = PageLayout(PRESETS["gear-4bit"], num_layers=1, num_kv_heads=2, head_dim=32)  # type: ignore[arg-type]
+    g = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 3, 64, 2, 32, generator=g)
+    first = torch.tensor([True, False, False])
+    together = compress_pages(k, v, layout, first)
+    assert torch.equal(together, compress_pages(k, v, layout, first))
+    alone = torch.cat([compress_pages(k[p : p + 1], v[p : p + 1], layout, first[p : p + 1]) for p in range(3)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("name", GEAR_PRESETS)
+def test_compiled_sealing_agrees_with_the_definition_alone_and_in_a_batch(name: str) -> None:
+    layout = layout_for(PRESETS[name], 1, 2, 32, 4)
+    assert isinstance(layout, PageLayout)
+    S, P = layout.page_size, 3
+    k = torch.stack([torch.stack([keys_like(S, 32, 10 * p + h) for h in range(2)], 1) for p in range(P)]).bfloat16()
+    v = torch.randn(P, S, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if layout.rotates_values:
+        from gear_compression.reference.rotation import hadamard
+
+        stored_v = (v.float() @ hadamard(32)).bfloat16()
+    else:
+        stored_v = v
+    want = compress_pages(k, stored_v, layout, torch.tensor([True] * P))
+
+    def sealed(pages: list[int]) -> Tensor:
+        slab = torch.zeros(P, layout.page_bytes, dtype=torch.uint8)
+        backend = CpuBackend(slab, layout, torch.float32)
+        N = len(pages)
+        tables = torch.tensor(pages)[:, None]
+        none = torch.full((N, layout.max_runs), -1)
+        batch = PagedBatch(torch.arange(N + 1) * S, torch.zeros(N, dtype=torch.int64), tables, none, none)
+        rows = [t[pages].flatten(0, 1).float() for t in (k, v)]
+        q = torch.zeros(N * S, 2, 32)
+        backend.attend(backend.plan(batch), 0, q, *rows, scaling=1.0, sliding_window=None, softcap=None)
+        return slab[:, : 2 * layout.record_bytes].view(P, 2, -1)
+
+    together = sealed([0, 1, 2])
+    different = float((together != want).float().mean())
+    assert different < 0.02  # another order of summation moves a code on the edge between two
+    for page in range(P):
+        assert torch.equal(sealed([page])[page], together[page])
+    back, definition = (decompress_pages(r, layout, torch.tensor([True] * P))[0] for r in (together, want))
+    assert float((back - definition).norm() / definition.norm()) < 0.02
+
+
+def test_a_format_that_cannot_exist_is_refused_by_name() -> None:
+    for wrong in ({"bits": 6}, {"rank": 99}, {"outliers": 3}, {"group_size": 8}, {"scale_bits": 4}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            PartConfig(**wrong)
+    with pytest.raises(ConfigError, match=r"unknown preset 'best'.*near-lossless"):
+        preset("best")
+    with pytest.raises(ConfigError, match="head_dim"):
+        PageLayout(GearConfig(), 1, 1, 40)
