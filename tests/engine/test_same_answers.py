@@ -1,0 +1,164 @@
+"""Page-faithful: what a request generates does not depend on how it was cut, batched, or preempted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from gear_compression import PRESETS, layout_for
+from gear_engine.engine import Engine, Limits
+from gear_engine.model_loader import LoadedModel, load_model
+from gear_engine.protocol import AddRequest, SamplingParams
+from gear_engine.runner import ModelRunner, RunResult
+from gear_engine.sampler import Sampler
+from gear_engine.scheduler import Scheduler
+from gear_engine.sequence import Scheduled
+from gear_engine.slots import SlotAllocator
+
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=40),
+    "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=40, layer_types=["sliding_attention", "full_attention"]),
+    "phi3": Phi3Config(**SHAPE),
+}
+PROMPTS = [
+    [(7 * i * i + 3 * i + s) % 125 + 3 for i in range(n)] for s, n in enumerate((200, 131, 5, 64, 128, 90, 33, 150))
+]
+
+
+def tiny_model(tmp_path: Path, config: PreTrainedConfig) -> LoadedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # far from uniform logits, so that near-ties are rare
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    return load_model(tmp_path, "cpu", torch.float32)
+
+
+class RecordingRunner:
+    """Keeps the log-probabilities that each output token was drawn from."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.logprobs: dict[tuple[str, int], torch.Tensor] = {}
+
+    def run(self, scheduled: list[Scheduled]) -> RunResult:
+        result = self.runner.run(scheduled)
+        rows = [item.sequence for item in scheduled if item.samples]
+        for sequence, row in zip(rows, result.logits, strict=True):
+            self.logprobs[sequence.request_id, sequence.num_output] = row.log_softmax(-1)
+        return result
+
+
+def generate(
+    loaded: LoadedModel,
+    prompts: list[list[int]],
+    preset: str = "near-lossless",
+    *,
+    chunk: int = 512,
+    num_slots: int = 200,
+    backend: str = "cpu",
+    max_tokens: int = 24,
+) -> tuple[list[list[int]], RecordingRunner, Scheduler]:
+    """Greedy texts of all prompts, run together."""
+    layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 4)
+    runner = RecordingRunner(ModelRunner(loaded, layout, num_slots, backend))
+    scheduler = Scheduler(
+        SlotAllocator(num_slots), layout, max_running=min(8, chunk), max_batch_tokens=chunk, eos_token_ids=[]
+    )
+    engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(512, loaded.vocab_size))
+    for i, prompt in enumerate(prompts):
+        engine.add(AddRequest(str(i), prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0)))
+    texts: list[list[int]] = [[] for _ in prompts]
+    while engine.has_work:
+        for output in engine.step().outputs:
+            assert output.error is None
+            texts[int(output.request_id)] += output.token_ids
+        scheduler.check_integrity()
+    assert scheduler.allocator.num_free == num_slots
+    return texts, runner, scheduler
+
+
+def parts_only_at_near_ties(a: list[int], b: list[int], runner: RecordingRunner, request: str) -> bool:
+    """Where two greedy texts part, the two tokens' log-probabilities lie within 0.1 of each other."""
+    for position, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x != y:
+            row = runner.logprobs[request, position]
+            return abs(float(row[x] - row[y])) <= 0.1
+    return True
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return tiny_model(tmp_path_factory.mktemp("llama"), ARCHITECTURES["llama"])
+
+
+@pytest.mark.parametrize("preset", ["near-lossless", "max-compression", "gear-4bit", "none"])
+def test_answers_do_not_depend_on_chunks_or_neighbours(llama: LoadedModel, preset: str) -> None:
+    alone = [generate(llama, [prompt], preset) for prompt in PROMPTS]
+    for chunk in (1, 7, 64, 512):
+        together, _, _ = generate(llama, PROMPTS, preset, chunk=chunk)
+        for (texts, runner, _), other in zip(alone, together, strict=True):
+            assert parts_only_at_near_ties(texts[0], other, runner, "0")
+
+
+def test_the_reference_gives_the_same_bits_however_a_prompt_is_cut(llama: LoadedModel, tmp_path: Path) -> None:
+    own = tiny_model(tmp_path, ARCHITECTURES["llama"])  # its layers are changed to multiply one row at a time
+    seen = []
+    for chunk in (1, 7, 64, 512):
+        texts, runner, _ = generate(own, PROMPTS[1:3], chunk=chunk, backend="reference", max_tokens=6)
+        seen.append((texts, {key: row.tolist() for key, row in runner.logprobs.items()}))
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+
+
+def test_a_pool_too_small_for_all_loses_nothing(llama: LoadedModel) -> None:
+    texts, runner, _ = generate(llama, PROMPTS)
+    squeezed, _, scheduler = generate(llama, PROMPTS, num_slots=14)
+    assert scheduler.num_preemptions > 0
+    for i, (a, b) in enumerate(zip(texts, squeezed, strict=True)):
+        assert parts_only_at_near_ties(a, b, runner, str(i))
+
+
+def test_reruns_are_bit_identical(llama: LoadedModel) -> None:
+    first, second = (generate(llama, PROMPTS) for _ in range(2))
+    assert first[0] == second[0]
+    assert all(torch.equal(row, second[1].logprobs[key]) for key, row in first[1].logprobs.items())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_without_compression_logits_match_plain_transformers(name: str, tmp_path: Path) -> None:
+    loaded = tiny_model(tmp_path, ARCHITECTURES[name])
+    texts, runner, _ = generate(loaded, PROMPTS[:2], "none", chunk=48)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    for i, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=False)):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        for position in range(len(text)):
+            got = runner.logprobs[str(i), position]
+            assert torch.allclose(got, logits[position], atol=2e-3, rtol=1e-3)
