@@ -84,6 +84,13 @@ async def test_several_prompts_and_answers_are_numbered_as_openai_does(
     assert answer["usage"]["prompt_tokens"] == 2  # a prompt counts once, however many answers it has
 
 
+async def test_cached_tokens_of_a_prompt_count_once_too(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.num_cached_tokens = 1
+    answer = await complete(client, prompt=[[5, 6], [7, 8]], n=3)
+    assert answer["usage"]["prompt_tokens"] == 4
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
 async def test_seeds_stay_within_64_bits(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await complete(client, n=2, seed=2**63 - 1)
     assert [request.params.seed for request in engine.submitted] == [2**63 - 1, -(2**63)]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import byte_fallback, byte_level, metaspace, write_model
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from gear_server.detokenizer import REPLACEMENT, ByteLevelDetokenizer, WindowDetokenizer
 from gear_server.tokenizer import TextTokenizer
@@ -72,6 +72,16 @@ def test_a_space_inside_the_text_survives_where_decoders_strip_the_first_one(tmp
     assert isinstance(tokenizer.detokenizer(), WindowDetokenizer)
     ids = [tokenizer._tokenizer.token_to_id(piece) for piece in ("▁hello", "▁", "▁world", "▁", "▁", "▁hello")]
     assert "".join(pieces_of(tokenizer, ids)) == "hello  world   hello"
+
+
+def test_a_token_without_text_does_not_make_the_next_one_look_like_the_first(tmp_path: Path) -> None:
+    library = byte_fallback()
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("c", ""), decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = TextTokenizer(write_model(tmp_path / "model", library))
+    ids = [library.token_to_id(piece) for piece in ("▁hello", "c", "▁world", "c", "c", "▁hello")]
+    assert "".join(pieces_of(tokenizer, ids)) == "hello world hello"
 
 
 def test_endless_invalid_bytes_are_not_held_for_ever(tmp_path: Path) -> None:

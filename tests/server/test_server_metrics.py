@@ -81,6 +81,13 @@ async def test_every_metric_is_scraped_and_outcomes_begin_at_zero(
         assert samples["gear_requests_total", outcome] == 0
 
 
+async def test_a_scrape_says_the_type_of_every_metric(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    engine.report(page_errors=[PageError(0, "keys", 0.03)])
+    lines = (await client.get("/metrics")).text.splitlines()
+    types = dict(line.split()[2:4] for line in lines if line.startswith("# TYPE "))
+    assert types == {spec.name: spec.kind for spec in METRICS}
+
+
 async def test_states_and_totals_are_the_engines(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     engine.stats = EngineStats(
         num_running=3, num_waiting=2, num_swapped=1, pages_free=5, pages_active=4, pages_cached=1, kv_tokens=100,
