@@ -75,7 +75,13 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    engines = {preset: LLM(preset=preset, max_model_len=2048, max_running=16) for preset in PRESETS}
+    step = (
+        max(BATCHES) * arguments.context
+    )  # all prompts in one step, as `generate` does, so that decodes stay together
+    engines = {
+        preset: LLM(preset=preset, max_model_len=2048, max_running=max(BATCHES), max_batch_tokens=step)
+        for preset in PRESETS
+    }
     folder = engines[PRESETS[0]].info.model_path
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     vocab_size = engines[PRESETS[0]].info.vocab_size
