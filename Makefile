@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install serve test check dist clean
+.PHONY: install serve test prometheus check dist clean
 
 install: $(VENV)/installed
 
@@ -19,8 +19,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 serve: install
 	$(BIN)/gear-serve $(ARGS)
 
-test: install
+test: install prometheus
 	$(BIN)/python -m pytest $(ARGS)
+
+# The dashboard's queries are tested against a real Prometheus.
+prometheus:
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "make test needs prometheus and promtool: install them first"; exit 1; }; \
+	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
 
 check: install
 	$(BIN)/ruff check .

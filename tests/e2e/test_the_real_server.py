@@ -1,58 +1,15 @@
 """The way a newcomer goes: start the real server with the real model, ask it, and look at what it saved."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
+from tests.e2e.serving import MODEL, free_port, serve
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-MODEL = "SmolLM2-135M-Instruct"
-START_TIMEOUT_S = 240  # the first start converts the model
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def serve(*arguments: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GEAR_")}
-    command = [sys.executable, "-c", "from gear_server.cli import main; main()", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    port = free_port()
-    process = serve("--port", str(port), "--max-model-len", "2048")
-    base = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if httpx.get(f"{base}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        else:
-            process.kill()
-            raise AssertionError(process.communicate()[0])
-        yield base
-    finally:
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert "tokens fit" in output  # the memory table
 
 
 def metric(url: str, name: str) -> float:
