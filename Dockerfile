@@ -24,7 +24,6 @@ ENV PATH=/opt/gearserve/bin:$PATH \
     HOME=/cache \
     TMPDIR=/cache \
     GEAR_CACHE_DIR=/cache/gearserve \
-    NUMBA_CACHE_DIR=/cache/numba \
     HF_HOME=/cache/huggingface \
     GEAR_HOST=0.0.0.0 \
     PYTHONDONTWRITEBYTECODE=1

@@ -3,7 +3,7 @@
     python bench/cpu.py [--context 512] [--new 48] [--json OUT]
 
 Prints tokens/s at batch 1 and 16 for `generate`, for raw pages and for near-lossless pages; the ratios are the medians
-of interleaved rounds. Decode tokens/s leave the prompt out: (time of prompt + n tokens) − (time of prompt + 1 token).
+of interleaved rounds. Decode counts from the first token of all sequences to the last; prefill is what comes before.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from gear_engine import LLM, SamplingParams
+from gear_engine.protocol import AddRequest
 from gear_engine.slots import num_slots_held
 
 ROUNDS = 3
@@ -33,8 +34,6 @@ def prompts(num: int, context: int, vocab_size: int) -> list[list[int]]:
 
 def engine_seconds(llm: LLM, tokens: list[list[int]], new: int) -> tuple[float, float]:
     """(seconds of the steps that decode all sequences, seconds before): read off the engine's own steps."""
-    from gear_engine.protocol import AddRequest
-
     for i, prompt in enumerate(tokens):
         params = SamplingParams(max_tokens=new + 1, temperature=0.0, ignore_eos=True)
         llm.engine.add(AddRequest(f"bench-{i}", prompt, params))
@@ -50,23 +49,32 @@ def engine_seconds(llm: LLM, tokens: list[list[int]], new: int) -> tuple[float, 
     return decode, prefill
 
 
+class Clock(StoppingCriteria):
+    """Never stops; notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
 @torch.inference_mode()
 def generate_seconds(model: Any, tokens: list[list[int]], new: int) -> tuple[float, float]:
-    """The same for `generate`: the prompt's share is a run that makes one token."""
-    ids = torch.tensor(tokens)
-    seconds = []
-    for count in (1, new + 1):
-        start = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        seconds.append(time.perf_counter() - start)
-    return seconds[1] - seconds[0], seconds[0]
+    """The same for `generate`."""
+    ids, clock = torch.tensor(tokens), Clock()
+    start = time.perf_counter()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new + 1,
+        min_new_tokens=new + 1,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    return clock.times[-1] - clock.times[0], clock.times[0] - start
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gear_engine.protocol import AddRequest, EngineStats, RequestOutput, StepReport, validate
+from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestOutput, StepReport, validate
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Batch, Scheduled, Sequence
+from gear_engine.sequence import Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +81,14 @@ class Engine:
         ]
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
+        page_errors: list[PageError] = []
         for part, result in self._run(batch.scheduled, failed):
             self._sample(part, result, tokens, failed)
+            page_errors += result.page_errors
         outputs = self.scheduler.commit(batch, tokens, failed)
-        return self.report(outputs, time.monotonic() - start_s, batch, queue_times_s)
+        return StepReport(
+            outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
+        )
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
@@ -122,11 +126,6 @@ class Engine:
                 failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
             else:
                 tokens[sequence.request_id] = token
-
-    def report(
-        self, outputs: list[RequestOutput], step_s: float, batch: Batch, queue_times_s: list[float]
-    ) -> StepReport:
-        return StepReport(outputs, self.stats(), step_s, batch.num_tokens, queue_times_s)
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())

@@ -22,9 +22,9 @@ from gear_engine.protocol import (
     RequestOutput,
     Shutdown,
     StartFailed,
+    StepReport,
     ToEngine,
 )
-from gear_engine.sequence import Batch
 from gear_engine.start import start_engine
 
 PARENT_CHECK_MS = 1000
@@ -70,7 +70,7 @@ def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
             report = engine.step()
             _send(socket, msgspec.structs.replace(report, outputs=ended + report.outputs) if ended else report)
         elif ended:
-            _send(socket, engine.report(ended, 0.0, Batch([]), []))
+            _send(socket, StepReport(ended, engine.stats(), None, 0, []))
         elif os.getppid() != parent:
             return  # nobody is left to answer to
 

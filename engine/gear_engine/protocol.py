@@ -128,7 +128,7 @@ class StepReport(msgspec.Struct, frozen=True, tag="step"):
 
     outputs: list[RequestOutput]
     stats: EngineStats
-    step_s: float
+    step_s: float | None  # None: nothing was computed, only requests ended
     batch_tokens: int
     queue_times_s: list[float]  # of the requests that were scheduled for the first time in this step
     page_errors: list[PageError] = []

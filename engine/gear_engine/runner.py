@@ -16,6 +16,7 @@ from gear_compression.layout import Layout
 from gear_compression.paged import PagedBatch
 from gear_compression.reference.attention import ReferenceBackend
 from gear_engine.model_loader import LoadedModel
+from gear_engine.protocol import PageError
 from gear_engine.sequence import Scheduled
 
 BACKENDS: dict[str, type[CpuBackend] | type[ReferenceBackend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
@@ -26,6 +27,7 @@ class RunResult:
     """What a step computed. Rows follow the scheduled sequences that sample, in order."""
 
     logits: Tensor  # [number of sequences that sample, V]
+    page_errors: list[PageError]  # sampled among the pages that were sealed
     poisoned: list[bool]  # of every scheduled sequence: NaN or infinity in what the model made of its tokens
 
 
@@ -88,7 +90,17 @@ class ModelRunner:
         """Compute the scheduled tokens. Running the same again is harmless: it writes the same bytes."""
         logits, finite = self._forward(scheduled)
         poisoned = [not bool(rows.all()) for rows in finite.split([item.num_new for item in scheduled])]
-        return RunResult(logits, poisoned)
+        return RunResult(logits, self._page_errors(), poisoned)
+
+    def _page_errors(self) -> list[PageError]:
+        if isinstance(self.backend, ReferenceBackend):
+            return []
+        sampled, self.backend.page_errors = self.backend.page_errors, []
+        return [
+            error
+            for s in sampled
+            for error in (PageError(s.layer, "keys", s.keys), PageError(s.layer, "values", s.values))
+        ]
 
     def _forward(self, scheduled: list[Scheduled]) -> tuple[Tensor, Tensor]:
         """(logits [sampling sequences, V], finite [T])"""

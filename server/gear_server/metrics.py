@@ -66,8 +66,9 @@ class Metrics:
 
     def on_step(self, report: StepReport) -> None:
         """The engine's listener."""
-        self._step_s.observe(report.step_s)
-        self._batch_tokens.observe(report.batch_tokens)
+        if report.step_s is not None:
+            self._step_s.observe(report.step_s)
+            self._batch_tokens.observe(report.batch_tokens)
         for queue_time_s in report.queue_times_s:
             self._queue_time_s.observe(queue_time_s)
         for error in report.page_errors:

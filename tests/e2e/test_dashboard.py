@@ -40,7 +40,8 @@ def prometheus(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     )
     try:
         for _ in range(6):
-            body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 12, "stream": True}
+            prompt = "Once upon a time " * 40  # more than a page, so that one is sealed
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "stream": True}
             httpx.post(f"{url}/v1/completions", json=body, timeout=60)
             time.sleep(1)
         yield f"http://{address}"

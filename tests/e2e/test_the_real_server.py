@@ -46,6 +46,9 @@ def test_a_long_prompt_is_held_compressed_and_metrics_say_so(url: str) -> None:
     assert 0 < metric(url, "gear_kv_peak_bytes") < usage["prompt_tokens"] * 23040 / 1.8
     assert metric(url, "gear_kv_tokens") == 0
     assert metric(url, "gear_prompt_tokens_total") >= usage["prompt_tokens"]
+    errors = httpx.get(f"{url}/metrics").text.split("\ngear_page_error_ratio{")[1:]
+    assert errors
+    assert all(0.001 < float(line.split("} ")[1].split("\n")[0]) < 0.3 for line in errors)
 
 
 def test_eight_prompts_at_once_share_their_steps(url: str) -> None:

@@ -60,6 +60,15 @@ class CpuPlan:
     rows: NDArray[np.int64]  # [N] first row of each sequence
 
 
+@dataclass(frozen=True, slots=True)
+class PageErrors:
+    """Relative errors ‖X − X̂‖ / ‖X‖ of one layer of a page that was just sealed, over all its heads."""
+
+    layer: int
+    keys: float
+    values: float
+
+
 class CpuBackend:
     """Reads and writes the pool `slab` [num_slots, page_bytes] uint8 with compiled kernels."""
 
@@ -72,6 +81,8 @@ class CpuBackend:
         self._slab = Slab.of(slab.view(-1).numpy())
         self._kernel_layout = KernelLayout.of(layout, slab.shape[1])
         self._rotation = hadamard(layout.head_dim)
+        self.page_errors: list[PageErrors] = []  # sampled; whoever reads them empties the list
+        self._sampled_layer = 0
         self._key_start, self._value_start = (
             start_matrix(layout.page_size, part.rank).T.contiguous().numpy()
             for part in (self._kernel_layout.keys, self._kernel_layout.values)
@@ -152,6 +163,25 @@ class CpuBackend:
             exact[0].numpy(), exact[1].numpy(), np.array([s.page == 0 for s in plan.filled]),
             self._key_start, self._value_start,
         )  # fmt: skip
+        if layer == self._sampled_layer:  # one layer of one page a sealing step: too little to be felt
+            self.page_errors.append(self._measure(layer, slots[0], exact[:, 0], plan.filled[0].page))
+
+    def _measure(self, layer: int, slot: int, exact: Tensor, page: int) -> PageErrors:
+        """exact [2, S, H, D] as it was sealed into `slot`. Turns to the next layer for the next time."""
+        layout = self.layout
+        self._sampled_layer = (layer + 1) % layout.num_layers
+        S, H, D = layout.page_size, layout.num_kv_heads, layout.head_dim
+        at = min(page, 1)  # `dequantize` gives exact sinks to the first of its slots alone
+        keys, values = torch.empty(H, D, (at + 1) * S), torch.empty(H, (at + 1) * S, D)
+        items = np.array([[at, head] for head in range(H)])
+        slots = np.array([slot] * (at + 1))
+        dequantize(items, self._slab, self._kernel_layout, layer, slots, keys.numpy(), values.numpy())
+        stored = keys[:, :, at * S :].transpose(1, 2), values[:, at * S :]
+        ratios = [
+            float((back - x.transpose(0, 1)).norm() / x.norm().clamp(min=1e-30))
+            for back, x in zip(stored, exact, strict=True)
+        ]
+        return PageErrors(layer, *ratios)
 
     def _attend_chunk(
         self,
