@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from greedy import generate, parts_only_at_near_ties
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -15,15 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from gear_compression import PRESETS, layout_for
-from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel, load_model
-from gear_engine.protocol import AddRequest, SamplingParams
-from gear_engine.runner import ModelRunner, RunResult
-from gear_engine.sampler import Sampler
-from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled
-from gear_engine.slots import SlotAllocator
 
 SHAPE = {
     "vocab_size": 128,
@@ -59,59 +52,6 @@ def tiny_model(tmp_path: Path, config: PreTrainedConfig) -> LoadedModel:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
     return load_model(tmp_path, "cpu", torch.float32)
-
-
-class RecordingRunner:
-    """Keeps the log-probabilities that each output token was drawn from."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self.runner = runner
-        self.logprobs: dict[tuple[str, int], torch.Tensor] = {}
-
-    def run(self, scheduled: list[Scheduled]) -> RunResult:
-        result = self.runner.run(scheduled)
-        rows = [item.sequence for item in scheduled if item.samples]
-        for sequence, row in zip(rows, result.logits, strict=True):
-            self.logprobs[sequence.request_id, sequence.num_output] = row.log_softmax(-1)
-        return result
-
-
-def generate(
-    loaded: LoadedModel,
-    prompts: list[list[int]],
-    preset: str = "near-lossless",
-    *,
-    chunk: int = 512,
-    num_slots: int = 200,
-    backend: str = "cpu",
-    max_tokens: int = 24,
-) -> tuple[list[list[int]], RecordingRunner, Scheduler]:
-    """Greedy texts of all prompts, run together."""
-    layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 4)
-    runner = RecordingRunner(ModelRunner(loaded, layout, num_slots, backend))
-    scheduler = Scheduler(
-        SlotAllocator(num_slots), layout, max_running=min(8, chunk), max_batch_tokens=chunk, eos_token_ids=[]
-    )
-    engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(512, loaded.vocab_size))
-    for i, prompt in enumerate(prompts):
-        engine.add(AddRequest(str(i), prompt, SamplingParams(max_tokens=max_tokens, temperature=0.0)))
-    texts: list[list[int]] = [[] for _ in prompts]
-    while engine.has_work:
-        for output in engine.step().outputs:
-            assert output.error is None
-            texts[int(output.request_id)] += output.token_ids
-        scheduler.check_integrity()
-    assert scheduler.allocator.num_free == num_slots
-    return texts, runner, scheduler
-
-
-def parts_only_at_near_ties(a: list[int], b: list[int], runner: RecordingRunner, request: str) -> bool:
-    """Where two greedy texts part, the two tokens' log-probabilities lie within 0.1 of each other."""
-    for position, (x, y) in enumerate(zip(a, b, strict=True)):
-        if x != y:
-            row = runner.logprobs[request, position]
-            return abs(float(row[x] - row[y])) <= 0.1
-    return True
 
 
 @pytest.fixture(scope="module")
