@@ -27,7 +27,7 @@ ENV PATH=/opt/gearserve/bin:$PATH \
     HF_HOME=/cache/huggingface \
     GEAR_HOST=0.0.0.0 \
     PYTHONDONTWRITEBYTECODE=1
-USER gear
+USER 10001
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \

