@@ -100,5 +100,5 @@ def test_without_compression_logits_match_plain_transformers(name: str, tmp_path
         with torch.no_grad():
             logits = plain(torch.tensor([prompt + text])).logits[0, len(prompt) - 1 :].log_softmax(-1)
         for position in range(len(text)):
-            got = runner.logprobs[str(i), position]
-            assert torch.allclose(got, logits[position], atol=2e-3, rtol=1e-3)
+            # float32 rounds to 6e-8 of logits around 10, and a few hundred such errors add up.
+            assert torch.allclose(runner.logprobs[str(i), position], logits[position], atol=1e-4, rtol=0)
