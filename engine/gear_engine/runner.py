@@ -77,13 +77,22 @@ class PooledAttention:
 class ModelRunner:
     """The model and the pool, on one device."""
 
-    def __init__(self, loaded: LoadedModel, layout: Layout, num_slots: int, backend: str) -> None:
+    def __init__(
+        self, loaded: LoadedModel, layout: Layout, num_slots: int, backend: str | type[CpuBackend] = "cpu"
+    ) -> None:
+        """`backend`: a name, or a class of another CPU backend that is to be compared."""
         self.loaded = loaded
         self.layout = layout
         self.slab = torch.empty(num_slots, layout.page_bytes, dtype=torch.uint8)  # touched when first written
-        self.backend = BACKENDS[backend](self.slab, layout, loaded.model.dtype)
+        kind = BACKENDS[backend] if isinstance(backend, str) else backend
+        self.backend = kind(self.slab, layout, loaded.model.dtype)
         if backend == "reference":
             compute_rows_alone(loaded.model)
+
+    @torch.inference_mode()
+    def all_logits(self, scheduled: list[Scheduled]) -> Tensor:
+        """[T, V]: the logits of every scheduled token, for whoever compares models instead of serving one."""
+        return self._forward(scheduled, all_rows=True)[0]
 
     @torch.inference_mode()
     def run(self, scheduled: list[Scheduled]) -> RunResult:
@@ -102,8 +111,8 @@ class ModelRunner:
             for error in (PageError(s.layer, "keys", s.keys), PageError(s.layer, "values", s.values))
         ]
 
-    def _forward(self, scheduled: list[Scheduled]) -> tuple[Tensor, Tensor]:
-        """(logits [sampling sequences, V], finite [T])"""
+    def _forward(self, scheduled: list[Scheduled], all_rows: bool = False) -> tuple[Tensor, Tensor]:
+        """(logits [sampling sequences, V], or [T, V] of all rows; finite [T])"""
         tokens: list[int] = []
         positions: list[int] = []
         asked: list[int] = []
@@ -113,7 +122,9 @@ class ModelRunner:
             tokens += item.sequence.token_ids[item.start : end]
             positions += range(item.start, end)
             row += item.num_new
-            if item.samples:
+            if all_rows:
+                asked += range(row - item.num_new, row)
+            elif item.samples:
                 asked.append(row - 1)
         attention = PooledAttention(self.backend, paged_batch(scheduled, self.layout), self.loaded.num_layers - 1)
         output = self.loaded.model(

@@ -1,0 +1,1 @@
+"""What compression costs: the real page formats, through the engine's own attention, beside the uncompressed model."""
