@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 EFFECTIVE_AT = (1500, 4096)  # tokens of a sequence
@@ -28,11 +29,14 @@ def table(report: Report) -> Table:
     floor = report.noise_floor.get("kl_mean", 0.0)
     positions = f"{report.num_positions:,} positions in {report.num_texts} texts"
     out = Table(
+        box=box.SIMPLE,
+        pad_edge=False,
         title=f"{report.model}, {positions} of {report.context} tokens",
         caption=f"Noise floor, bf16 weights against float32: KL {floor:.4f}. A figure below it reads as zero.\n"
-        f"Smaller: than bf16, a sequence of {' and '.join(map(str, EFFECTIVE_AT))} tokens, open pages included.",
+        f"Top-1: same likeliest token. Smaller: than bf16, open pages included,\n"
+        f"a sequence of {' and '.join(map(str, EFFECTIVE_AT))} tokens.",
     )
-    for heading in ("cache", "bits", "KL mean", "KL p99", "top-1 same", "perplexity", "smaller"):
+    for heading in ("cache", "bits", "KL mean", "KL p99", "top-1", "ppl", "smaller"):
         out.add_column(heading, justify="left" if heading == "cache" else "right", no_wrap=True)
     for row in report.rows:
         out.add_row(
@@ -42,7 +46,7 @@ def table(report: Report) -> Table:
             f"{row['kl_p99']:.3f}",
             f"{100 * row['top1_agreement']:.1f} %",
             f"{row['perplexity']:.3f}",
-            " ".join(f"{ratio:.2f}x" for ratio in row["effective_ratio"] or ()),
+            " ".join(f"{ratio:.2f}×" for ratio in row["effective_ratio"] or ()),
         )
     return out
 

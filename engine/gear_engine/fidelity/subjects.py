@@ -76,6 +76,12 @@ def subjects(loaded: LoadedModel, names: list[str]) -> list[Subject]:
     return found
 
 
+def format_subject(loaded: LoadedModel, name: str, config: GearConfig) -> Subject:
+    """A page format that is no preset (yet)."""
+    layout = layout_for(config, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, loaded.model.dtype.itemsize)
+    return Subject(name, loaded, layout, layout.bits_per_element, CpuBackend)
+
+
 def all_names() -> list[str]:
     """Everything that can be compared, baselines first."""
     return [*BASELINES, *(name for name in PRESETS if name != "none")]
