@@ -16,19 +16,22 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gear_compression.config import PRESETS, GearConfig, PartConfig
+from gear_compression.config import GearConfig, PartConfig
 from gear_engine.fidelity.subjects import exact_subject, format_subject, subjects
 from gear_engine.fidelity.teacher_forced import compare
 from gear_engine.fidelity.texts import cut
 from gear_engine.model_files import model_folder
 from gear_engine.model_loader import load_model
 
-BASE = PRESETS["near-lossless"]
+BASE = GearConfig(
+    keys=PartConfig(bits=4, scale_bits=8, rank=8, factor_bits=4, low_rank_first=True),
+    values=PartConfig(bits=4, scale_bits=8, symmetric=True, rotate=True),
+    sink_tokens=1,
+)
 
 
 def formats() -> dict[str, GearConfig]:
     """The grid: keys by themselves, values by themselves, and what is global."""
-    assert isinstance(BASE, GearConfig)
     keys: dict[str, dict[str, Any]] = {
         "K4": {"rank": 0},
         "K5": {"rank": 0, "bits": 5},
@@ -74,7 +77,6 @@ def formats() -> dict[str, GearConfig]:
 
 
 def _part(knobs: dict[str, Any]) -> PartConfig:
-    assert isinstance(BASE, GearConfig)
     return replace(BASE.keys, **knobs)
 
 

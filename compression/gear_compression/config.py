@@ -87,9 +87,9 @@ class RawConfig:
 
 # Values are stored rotated and symmetric, which spreads their spikes over all channels; low rank does not pay there.
 PRESETS: dict[str, GearConfig | RawConfig] = {
-    # Keys lean on the low-rank part, fitted first and kept in 4-bit factors.
+    # Keys lean on the low-rank part, fitted first and kept in 4-bit factors (docs/fidelity.md says why these).
     "near-lossless": GearConfig(
-        keys=PartConfig(bits=4, scale_bits=8, rank=8, factor_bits=4, low_rank_first=True),
+        keys=PartConfig(bits=4, scale_bits=8, rank=12, factor_bits=4, low_rank_first=True),
         values=PartConfig(bits=4, scale_bits=8, symmetric=True, rotate=True),
         sink_tokens=1,
     ),
