@@ -32,21 +32,28 @@ def prompts(num: int, context: int, vocab_size: int) -> list[list[int]]:
     return torch.randint(3, vocab_size, (num, context), generator=generator).tolist()
 
 
-def engine_seconds(llm: LLM, tokens: list[list[int]], new: int) -> tuple[float, float]:
-    """(seconds of the steps that decode all sequences, seconds before): read off the engine's own steps."""
+def engine_seconds(llm: LLM, tokens: list[list[int]], new: int) -> tuple[float, float, float]:
+    """(seconds of the steps that decode all sequences, seconds before, bf16 bytes ÷ bytes held by all their tokens).
+
+    Read off the engine's own steps and statistics, the last at the step before the end.
+    """
     for i, prompt in enumerate(tokens):
         params = SamplingParams(max_tokens=new + 1, temperature=0.0, ignore_eos=True)
         llm.engine.add(AddRequest(f"bench-{i}", prompt, params))
-    decode, prefill = 0.0, 0.0
+    decode, prefill, smaller = 0.0, 0.0, 0.0
     while llm.engine.has_work:
         start = time.perf_counter()
         report = llm.engine.step()
         elapsed = time.perf_counter() - start
+        stats = report.stats
+        if stats.kv_tokens:
+            held = stats.kv_sealed_bytes + stats.kv_open_bytes
+            smaller = stats.kv_tokens * llm.info.bf16_token_bytes / held
         if report.batch_tokens == len(tokens):
             decode += elapsed
         else:
             prefill += elapsed
-    return decode, prefill
+    return decode, prefill, smaller
 
 
 class Clock(StoppingCriteria):
@@ -61,7 +68,7 @@ class Clock(StoppingCriteria):
 
 
 @torch.inference_mode()
-def generate_seconds(model: Any, tokens: list[list[int]], new: int) -> tuple[float, float]:
+def generate_seconds(model: Any, tokens: list[list[int]], new: int) -> tuple[float, ...]:
     """The same for `generate`."""
     ids, clock = torch.tensor(tokens), Clock()
     start = time.perf_counter()
@@ -99,6 +106,7 @@ def main() -> None:
         tokens = prompts(batch, arguments.context, vocab_size)
         decode: dict[str, list[float]] = {}
         prefill: dict[str, list[float]] = {}
+        smaller: dict[str, float] = {}
         for _ in range(ROUNDS):  # interleaved, so that a neighbour's load falls on all alike
             for who in ("generate", *PRESETS):
                 run = (
@@ -108,6 +116,7 @@ def main() -> None:
                 )
                 decode.setdefault(who, []).append(batch * arguments.new / run[0])
                 prefill.setdefault(who, []).append(batch * arguments.context / run[1])
+                smaller.update({who: run[2]} if len(run) > 2 else {})
         for who in decode:
             ratio = statistics.median(a / b for a, b in zip(decode[who], decode["generate"], strict=True))
             prefill_ratio = statistics.median(a / b for a, b in zip(prefill[who], prefill["generate"], strict=True))
@@ -118,6 +127,7 @@ def main() -> None:
                 "decode_ratio": round(ratio, 3),
                 "prefill_tok_s": round(statistics.median(prefill[who]), 1),
                 "prefill_ratio": round(prefill_ratio, 3),
+                "kv_smaller_than_bf16": round(smaller[who], 3) if who in smaller else None,
             }
             rows.append(row)
             print(
@@ -127,13 +137,15 @@ def main() -> None:
     memory = []
     for preset, llm in engines.items():
         layout = llm.engine.scheduler.layout
-        held = 16 * num_slots_held(layout, 1024) * layout.page_bytes
-        worst = 16 * max(num_slots_held(layout, n) for n in range(1025 - layout.page_size, 1025)) * layout.page_bytes
-        bf16 = 16 * 1024 * layout.token_bytes
-        memory.append({"preset": preset, "held": held, "worst": worst, "bf16": bf16})
+        bf16, held = (16 * n for n in (1024 * layout.token_bytes, num_slots_held(layout, 1024) * layout.page_bytes))
+        worst = min(
+            n * layout.token_bytes / (num_slots_held(layout, n) * layout.page_bytes)
+            for n in range(1025 - layout.page_size, 1025)
+        )
+        memory.append({"preset": preset, "held_bytes": held, "bf16_bytes": bf16, "worst_ratio": round(worst, 3)})
         print(
             f"KV of 16 x 1024 tokens, {preset}: {held / 2**20:.0f} MiB, {bf16 / held:.2f}x less than bf16 "
-            f"({bf16 / worst:.2f}x with the fullest open pages)"
+            f"({worst:.2f}x at the worst length up to it, with the fullest open pages)"
         )
     if arguments.json:
         result = {

@@ -4,7 +4,8 @@ Imports no torch: the HTTP server lives on this file and `protocol.py`.
 """
 
 import asyncio
-import contextlib
+import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from gear_engine.protocol import (
     validate,
 )
 
+logger = logging.getLogger(__name__)
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(FromEngine).decode
 
@@ -121,11 +123,12 @@ class EngineClient:
         self._socket.set_hwm(0)  # unbounded: the engine must never block on a slow reader
         self._socket.linger = 0
         self._socket.bind(address)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "gear_engine.process", address, msgspec.json.encode(self.config).decode(),
-            start_new_session=True,  # Ctrl-C reaches the server alone, which drains and then stops the engine
-        )  # fmt: skip
+        config = msgspec.json.encode(self.config).decode()
         try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "gear_engine.process", address, str(os.getpid()), config,
+                start_new_session=True,  # Ctrl-C reaches the server alone, which drains and then stops the engine
+            )  # fmt: skip
             first = await self._first_message()
             if not isinstance(first, EngineInfo):
                 raise EngineStartError(first.message if isinstance(first, StartFailed) else "unexpected first message")
@@ -165,8 +168,7 @@ class EngineClient:
                 report = _decode(message.result())
                 assert isinstance(report, StepReport)
                 self.stats = report.stats
-                for listener in self._listeners:
-                    listener(report)
+                self._tell_listeners(report)
                 for output in report.outputs:
                     if stream := self._streams.get(output.request_id):
                         stream.put(output)
@@ -176,6 +178,13 @@ class EngineClient:
             self._dead = EngineDead(f"the engine process ended (code {code}); requests in flight are lost")
             for stream in self._streams.values():
                 stream.put(EngineDead(str(self._dead)))
+
+    def _tell_listeners(self, report: StepReport) -> None:
+        for listener in self._listeners:
+            try:
+                listener(report)
+            except Exception:  # whoever watches must not end the requests of others
+                logger.exception("a listener of engine steps failed")
 
     def submit(
         self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0
@@ -191,9 +200,8 @@ class EngineClient:
         if self.num_requests >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(self.num_requests - self.config.max_running)
         assert request_id not in self._streams, f"request id {request_id} is in use"
-        stream = RequestStream(request_id, self)
-        self._streams[request_id] = stream
         self._send(AddRequest(request_id, token_ids, params, priority))
+        stream = self._streams[request_id] = RequestStream(request_id, self)
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -209,21 +217,22 @@ class EngineClient:
     def _send(self, message: ToEngine) -> None:
         """Socket buffers are unbounded, so sending never blocks; a dead engine has nobody to tell."""
         if self._socket is not None and self._dead is None:
-            self._socket.send(_encode(message))  # the future is done at once: nothing to await
+            self._socket.send(_encode(message))  # to a connected engine: done at once, nothing to await
 
     async def close(self) -> None:
         """Stop the engine process (politely, then by force) and remove the socket."""
         if self._process is not None and self._process.returncode is None:
             self._send(Shutdown())
-            try:
-                await asyncio.wait_for(self._process.wait(), timeout=5)
+            try:  # one that is still starting, or that nothing can be sent to, does not listen
+                await asyncio.wait_for(self._process.wait(), timeout=5 if self.is_alive else 0)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
         if self._reader is not None:
             self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            await asyncio.wait([self._reader])
+            if not self._reader.cancelled() and (error := self._reader.exception()):
+                logger.error("reading from the engine failed: %s", error)
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestOutput, StepReport, validate
+from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
 from gear_engine.scheduler import Scheduler
@@ -52,6 +52,8 @@ class Engine:
             max_model_len=self.limits.max_model_len,
             vocab_size=self.limits.vocab_size,
         )
+        if self.scheduler.has(request.request_id):
+            raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
         self._num_arrivals += 1
         seed = request.params.seed
         self.scheduler.add(

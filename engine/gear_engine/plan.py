@@ -5,7 +5,9 @@ that would make it fit.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from transformers import PreTrainedConfig
@@ -24,6 +26,7 @@ class MemoryPlan:
 
     total_bytes: int  # of the device
     budget_bytes: int  # what the engine may take
+    runtime_bytes: int  # Python, torch and the libraries, before any weight
     weights_bytes: int
     activations_bytes: int
     num_pages: int
@@ -37,7 +40,8 @@ class MemoryPlan:
 
     @property
     def headroom_bytes(self) -> int:
-        return self.budget_bytes - self.weights_bytes - self.activations_bytes - self.pages_bytes
+        taken = self.runtime_bytes + self.weights_bytes + self.activations_bytes + self.pages_bytes
+        return self.budget_bytes - taken
 
     @property
     def tokens_gear(self) -> int:
@@ -55,6 +59,7 @@ class MemoryPlan:
 
     def rows(self) -> list[MemoryRow]:
         return [
+            MemoryRow("runtime", self.runtime_bytes),
             MemoryRow("weights", self.weights_bytes),
             MemoryRow("activations", self.activations_bytes),
             MemoryRow("pages", self.pages_bytes),
@@ -108,22 +113,33 @@ def parse_memory(memory: str, total_bytes: int) -> int:
 
 
 def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, rows: int, max_len: int) -> int:
-    """Upper estimate of what a step of `tokens` tokens that samples `rows` rows needs at once, in float32."""
+    """Upper estimate of what a step of `tokens` tokens that samples `rows` rows needs at once."""
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = config.num_attention_heads
-    per_token = 4 * (6 * hidden + 3 * wide)
-    logits = 4 * 3 * rows * config.vocab_size
-    page = min(layout.page_size, tokens)
-    scores = 3 * 4 * heads * page * max_len
+    layer = tokens * 4 * (6 * hidden + 3 * wide)
+    scores = 5 * 4 * heads * min(layout.page_size, tokens) * max_len  # before and after cap, mask and softmax
     scratch = 2 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised
-    return tokens * per_token + logits + scores + scratch
+    sampling = 48 * rows * config.vocab_size  # logits in float32, integer weights, their sums and their order
+    return layer + scores + scratch + sampling
+
+
+def host_bytes() -> int:
+    """Memory that this process may use: the machine's, or less where a container's limit says so."""
+    total = psutil.virtual_memory().total
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such hierarchy, or "max"
+            continue
+    return total
 
 
 def plan_memory(
     config: PreTrainedConfig,
     layout: Layout,
     *,
+    runtime_bytes: int,
     weights_bytes: int,
     max_position: int,
     memory: str,
@@ -137,29 +153,38 @@ def plan_memory(
         raise EngineStartError(
             f"--max-model-len {max_model_len} is more than the {max_position} tokens of this model: lower it"
         )
-    total = psutil.virtual_memory().total
+    total = host_bytes()
     budget = parse_memory(memory, total)
-    length = max_model_len or max_position
-    activations = activations_bytes(config, layout, tokens=max_batch_tokens, rows=max_running, max_len=length)
-    left = budget - weights_bytes - activations
-    # More pages than all running sequences could fill would never be used.
-    pages = min(max(left, 0) // layout.page_bytes, max_running * num_slots_for_one(layout, length))
-    if num_pages is not None:
+
+    def planned(length: int) -> MemoryPlan:
+        activations = activations_bytes(config, layout, tokens=max_batch_tokens, rows=max_running, max_len=length)
+        left = budget - runtime_bytes - weights_bytes - activations
         pages = num_pages
-    if max_model_len is None:
-        length = min(length, _longest(layout, pages))
-    if length < layout.page_size or pages < num_slots_for_one(layout, length):
-        wanted = max_model_len or layout.page_size
-        needed = num_slots_for_one(layout, wanted)
-        raise EngineStartError(
-            f"too little memory: one sequence of {wanted} tokens needs {needed} pages of {size(layout.page_bytes)} "
-            f"beside {size(weights_bytes)} of weights and {size(activations)} of activations, and {pages} pages fit: "
-            + ("raise --num-pages" if num_pages is not None else f"raise --memory (now {size(budget)})")
-            + (" or lower --max-model-len" if max_model_len else " or lower --max-batch-tokens")
-        )
-    return MemoryPlan(total, budget, weights_bytes, activations, pages, length, max_running, layout)
+        if pages is None:  # more pages than all running sequences could fill would never be used
+            pages = min(max(left, 0) // layout.page_bytes, max_running * num_slots_for_one(layout, length))
+        return MemoryPlan(total, budget, runtime_bytes, weights_bytes, activations, pages, length, max_running, layout)
+
+    def fits(length: int) -> bool:
+        return planned(length).num_pages >= num_slots_for_one(layout, length)
+
+    length = max_model_len or _longest_that(fits, max_position)
+    if length and fits(length):
+        return planned(length)
+    short = planned(max_model_len or 1)
+    needed = num_slots_for_one(layout, short.max_model_len)
+    raise EngineStartError(
+        f"too little memory: one sequence of {short.max_model_len} tokens needs {needed} pages of "
+        f"{size(layout.page_bytes)} beside {size(runtime_bytes)} for the program, {size(weights_bytes)} of weights and "
+        f"{size(short.activations_bytes)} of activations, and {short.num_pages} pages fit: "
+        + ("raise --num-pages" if num_pages is not None else f"raise --memory (now {size(budget)})")
+        + (" or lower --max-model-len" if max_model_len else " or lower --max-batch-tokens")
+    )
 
 
-def _longest(layout: Layout, num_pages: int) -> int:
-    """The longest sequence, in whole pages, that always advances with so many slots."""
-    return max(0, num_pages - num_slots_for_one(layout, 0)) * layout.page_size
+def _longest_that(fits: Callable[[int], bool], max_len: int) -> int:
+    """The largest length up to `max_len` that fits, by bisection; 0 if none does."""
+    low, high = 0, max_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

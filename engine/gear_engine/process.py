@@ -1,12 +1,15 @@
 """The engine process: takes requests from a socket, steps while there is work, answers with one message a step.
 
-Started by `client.py` as `python -m gear_engine.process ADDRESS CONFIG`; ends when told to, or with its parent.
+Started by `client.py` as `python -m gear_engine.process ADDRESS PARENT_PID CONFIG`; ends when told to, or with its
+parent.
 """
 
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 
 import msgspec
 import zmq
@@ -27,13 +30,14 @@ from gear_engine.protocol import (
 )
 from gear_engine.start import start_engine
 
-PARENT_CHECK_MS = 1000
+PARENT_CHECK_S = 1.0
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
 
 
 def main() -> None:
-    address, config = sys.argv[1], msgspec.json.decode(sys.argv[2], type=EngineConfig)
+    address, parent, config = sys.argv[1], int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=EngineConfig)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle: it drains, then tells us
     context = zmq.Context()
@@ -55,11 +59,17 @@ def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:
     socket.send(_encode(message))
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent has: nobody is left to answer to, be it loading, stepping or idle."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
 def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
-    parent = os.getppid()
     while True:
         ended: list[RequestOutput] = []
-        wait_ms = 0 if engine.has_work else PARENT_CHECK_MS
+        wait_ms = 0 if engine.has_work else None
         while socket.poll(wait_ms):
             message = _decode(socket.recv())
             if isinstance(message, Shutdown):
@@ -71,8 +81,6 @@ def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
             _send(socket, msgspec.structs.replace(report, outputs=ended + report.outputs) if ended else report)
         elif ended:
             _send(socket, StepReport(ended, engine.stats(), None, 0, []))
-        elif os.getppid() != parent:
-            return  # nobody is left to answer to
 
 
 def _take(engine: Engine, message: AddRequest | AbortRequest) -> list[RequestOutput]:

@@ -199,8 +199,10 @@ def validate(token_ids: list[int], params: SamplingParams, *, max_model_len: int
         raise RequestError("top_p must be above 0, got 0.0", "top_p")
     if params.repetition_penalty == 0.0:
         raise RequestError("repetition_penalty must be above 0, got 0.0", "repetition_penalty")
-    if params.top_k < 0:
-        raise RequestError(f"top_k must be 0 (off) or positive, got {params.top_k}", "top_k")
+    if not 0 <= params.top_k < 1 << 31:
+        raise RequestError(f"top_k must be 0 (off) or positive and below 2**31, got {params.top_k}", "top_k")
+    if params.seed is not None and not -(1 << 63) <= params.seed < 1 << 63:
+        raise RequestError(f"seed must fit into 64 bits, got {params.seed}", "seed")
     if not 0 <= params.min_tokens <= params.max_tokens:
         raise RequestError(
             f"min_tokens must be between 0 and max_tokens ({params.max_tokens}), got {params.min_tokens}", "min_tokens"

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Many
 from gear_compression.layout import Layout
 from gear_engine.protocol import EngineStats, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
-from gear_engine.slots import SlotAllocator, num_runs
+from gear_engine.slots import SlotAllocator, num_runs, num_slots_for_one, num_slots_held
 
 
 class Scheduler:
@@ -41,6 +41,9 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def has(self, request_id: str) -> bool:
+        return any(s.request_id == request_id for sequences in (self.waiting, self.running) for s in sequences)
+
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
@@ -57,30 +60,54 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Take slots for the next step: a token of every decoding sequence, then chunks of prompts, oldest first."""
         scheduled: list[Scheduled] = []
-        budget = self.max_batch_tokens
+        num_preemptions = self.num_preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
+                budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
                 if (sequence.num_to_compute == 1) == decoding and budget and sequence in self.running:
                     item = self._take(sequence, min(sequence.num_to_compute, budget), scheduled)
                     if item is not None:
                         scheduled.append(item)
-                        budget -= item.num_new
+        if self.num_preemptions == num_preemptions:  # else what came free is not there to be taken again at once
+            self._admit(scheduled)
+        return Batch(scheduled)
+
+    def _admit(self, scheduled: list[Scheduled]) -> None:
+        """Let waiting sequences in, oldest first, while all their known tokens will find room.
+
+        Admitted on the room for a first chunk alone, a long prompt would be thrown out again half-way, over and over.
+        """
+        budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
         while self.waiting and budget and len(self.running) < self.max_running:
             sequence = self.waiting[0]
+            if self.running:
+                granted = sum(len(item.taken_slots) for item in scheduled)
+                promised = sum(self._slots_to_come(other) for other in [*self.running, sequence])
+                in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
+                if self.allocator.num_free + granted < promised + in_flight:
+                    break  # slots come free when running sequences end
             item = self._try(sequence, min(sequence.num_to_compute, budget))
             if item is None:
-                break  # slots come free when running sequences end
+                break
             self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             scheduled.append(item)
             budget -= item.num_new
-        return Batch(scheduled)
+
+    def _slots_to_come(self, sequence: Sequence) -> int:
+        """Slots that its known tokens and the next one still need."""
+        held = len(sequence.pages) + len(sequence.open_slots)
+        return max(0, num_slots_held(self.layout, len(sequence.token_ids) + 1) - held)
 
     def _take(self, sequence: Sequence, num_new: int, scheduled: list[Scheduled]) -> Scheduled | None:
-        """Slots for a running sequence, from a preempted one if need be; None if it had to give way itself."""
+        """Slots for a running sequence, from those behind it in the order if need be; None if it is the last itself."""
         while (item := self._try(sequence, num_new)) is None:
-            busy = {id(item.sequence) for item in scheduled}
-            victim = next(s for s in reversed(self.running) if id(s) not in busy)
+            victim = self.running[-1]
+            for other in scheduled:
+                if other.sequence is victim:  # it was to run in this step
+                    scheduled.remove(other)
+                    self.allocator.give_back(other.taken_slots)
+                    break
             self._preempt(victim)
             if victim is sequence:
                 return None
@@ -105,6 +132,7 @@ class Scheduler:
             pages=sequence.pages + (sequence.open_slots if in_place else []) + slots[:num_sealed],
             next_open_slots=kept + slots[num_sealed:],
             spent_slots=sequence.open_slots if num_filled and not in_place else [],
+            taken_slots=slots,
         )
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -45,6 +45,7 @@ class Scheduled:
     pages: list[int]  # of the sequence after the step: those that it fills are in here
     next_open_slots: list[int]
     spent_slots: list[int]  # runs of a page that the step seals: free once it is done
+    taken_slots: list[int]  # what the step took for itself: given back if it is not to run after all
 
 
 @dataclass(frozen=True, slots=True)

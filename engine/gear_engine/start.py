@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from gear_compression.config import ConfigError, preset
@@ -61,11 +62,13 @@ def planned_memory(config: EngineConfig) -> MemoryPlan:
 def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan]:
     dtype_name, dtype = _DTYPES[config.dtype]
     folder = model_folder(config.model, dtype_name)
+    runtime_bytes = psutil.Process().memory_info().rss
     loaded = load_model(folder, "cpu", dtype)
     layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
     plan = plan_memory(
         loaded.config,
         layout,
+        runtime_bytes=runtime_bytes,
         weights_bytes=loaded.weights_bytes,
         max_position=loaded.max_position,
         memory=config.memory,
@@ -122,9 +125,13 @@ def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: Mem
 
 def _warm_up(engine: Engine) -> None:
     """Fill a page, attend past it, and decode: every kernel runs once."""
-    num_prompt = max(1, min(engine.scheduler.layout.page_size + 2, engine.limits.max_model_len - 3))
+    max_len = engine.limits.max_model_len
+    max_tokens = min(3, max_len - 1)
+    if max_tokens < 1:
+        return  # a sequence of one token can only be refused
+    num_prompt = min(engine.scheduler.layout.page_size + 2, max_len - max_tokens)
     tokens = [token % engine.limits.vocab_size for token in range(1, num_prompt + 1)]
-    engine.add(AddRequest("warm-up", tokens, SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)))
+    engine.add(AddRequest("warm-up", tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)))
     while engine.has_work:
         engine.step()
 

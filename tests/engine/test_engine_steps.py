@@ -180,6 +180,42 @@ def test_no_token_is_lost_or_repeated_however_small_the_pool(
         assert tokens(outputs[str(i)]) == [n % VOCAB for n in range(num_prompt, num_prompt + max_tokens)]
 
 
+def test_a_long_prompt_waits_until_all_of_it_fits_instead_of_starting_over() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner, num_slots=24, chunk=64)
+    for name in "abc":
+        add(target, name, 100, max_tokens=100)
+    for _ in range(8):
+        target.step()
+    add(target, "long", 390, max_tokens=5)
+    outputs = run(target)
+    assert len(tokens(outputs["long"])) == 5
+    computed = sum(num_new for step in runner.steps for name, _, num_new in step if name == "long")
+    assert computed < 2 * 395
+
+
+def test_slots_are_taken_from_the_lowest_priority_even_if_it_is_scheduled_already() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner, num_slots=14, chunk=64)
+    add(target, "late", 100, priority=5, max_tokens=200)
+    for _ in range(3):
+        target.step()
+    add(target, "early", 300, priority=0, max_tokens=50)
+    outputs = run(target)
+    last_step = {name: i for i, step in enumerate(runner.steps) for name, _, _ in step}
+    assert last_step["early"] < last_step["late"]
+    computed = sum(num_new for step in runner.steps for name, _, num_new in step if name == "early")
+    assert computed == 300 + 50 - 1  # never thrown out
+    assert len(tokens(outputs["late"])) == 200 - 2  # two came before
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    target = engine(ScriptedRunner())
+    add(target, "a", 3)
+    with pytest.raises(RequestError, match="in use"):
+        add(target, "a", 3)
+
+
 def test_the_allocator_takes_all_or_nothing() -> None:
     allocator = SlotAllocator(5)
     first = allocator.take(3)

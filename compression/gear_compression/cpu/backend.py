@@ -175,12 +175,11 @@ class CpuBackend:
         layout = self.layout
         self._sampled_layer = (layer + 1) % layout.num_layers
         S, H, D = layout.page_size, layout.num_kv_heads, layout.head_dim
-        at = min(page, 1)  # `dequantize` gives exact sinks to the first of its slots alone
-        keys, values = torch.empty(H, D, (at + 1) * S), torch.empty(H, (at + 1) * S, D)
-        items = np.array([[at, head] for head in range(H)])
-        slots = np.array([slot] * (at + 1))
-        dequantize(items, self._slab, self._kernel_layout, layer, slots, keys.numpy(), values.numpy())
-        stored = keys[:, :, at * S :].transpose(1, 2), values[:, at * S :]
+        keys, values = torch.empty(H, D, S), torch.empty(H, S, D)
+        items = np.array([[0, head] for head in range(H)])
+        slots = np.array([slot])
+        dequantize(items, self._slab, self._kernel_layout, layer, slots, page, keys.numpy(), values.numpy())
+        stored = keys.transpose(1, 2), values
         ratios = [
             float((back - x.transpose(0, 1)).norm() / x.norm().clamp(min=1e-30))
             for back, x in zip(stored, exact, strict=True)
@@ -209,7 +208,7 @@ class CpuBackend:
             items = torch.cartesian_prod(torch.arange(num_past), torch.arange(H)).numpy()
             spread(
                 dequantize, items, num_past * S * H, self._slab, self._kernel_layout, layer,
-                plan.page_table[chunk[0].sequence, :num_past], past_k.numpy(), past_v.numpy(),
+                plan.page_table[chunk[0].sequence, :num_past], 0, past_k.numpy(), past_v.numpy(),
             )  # fmt: skip
         for segment in chunk:
             own_k, own_v = exact_page(self.runs, plan.batch, segment, layer, k, v)

@@ -38,10 +38,11 @@ def dequantize_part(slab, base, part, lay, out, is_keys, num_sinks, scratch):  #
 
 
 @numba.njit(**FAST)
-def dequantize(items, slab, lay, layer, slots, keys, values):  # type: ignore[no-untyped-def]
+def dequantize(items, slab, lay, layer, slots, first_page, keys, values):  # type: ignore[no-untyped-def]
     """Fill keys [H, D, n] and values [H, n, D] with the (page, head) pairs of items [M, 2].
 
-    slots [P]: a sequence's sealed pages, in order. Page p fills the tokens [p·S, (p + 1)·S).
+    slots [P]: sealed pages in order, from page `first_page` of a sequence on. The p-th fills the tokens
+    [p·S, (p + 1)·S) of keys and values.
     """
     S, D = lay.page_size, lay.head_dim
     scratch = new_scratch(lay, 1)
@@ -57,6 +58,6 @@ def dequantize(items, slab, lay, layer, slots, keys, values):  # type: ignore[no
                 v[t] = row[:D]
             continue
         base = slots[p] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
-        num_sinks = lay.sink_tokens if p == 0 else 0
+        num_sinks = lay.sink_tokens if first_page + p == 0 else 0
         dequantize_part(slab, base, lay.keys, lay, k, True, num_sinks, scratch)
         dequantize_part(slab, base, lay.values, lay, v, False, num_sinks, scratch)
