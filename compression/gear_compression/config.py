@@ -1,11 +1,16 @@
-"""What a page format may choose, and the presets that people choose by name.
+"""What a page format may choose, and the presets that people choose by name or read from a file.
 
 Knows the knobs and their limits; knows nothing of bytes (`layout.py`) or of tensors.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 CODE_BITS = (2, 3, 4, 5, 8)
+_NOTHING_ELSE = ConfigDict(extra="forbid")  # a misspelt knob in a preset file is refused, not ignored
 
 
 class ConfigError(ValueError):
@@ -24,6 +29,7 @@ class PartConfig:
     Keys are quantised in vectors along the tokens of a page (per channel), values along the channels of a token.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _NOTHING_ELSE
     bits: int = 4  # of a code
     group_size: int | None = None  # entries of a vector that share a scale and a zero; None: the whole vector
     symmetric: bool = False  # codes centred on 0, no zero stored
@@ -56,13 +62,26 @@ class PartConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """How one layer is stored that differs from the rest."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _NOTHING_ELSE
+    layer: int
+    keys: PartConfig
+    values: PartConfig
+
+
+@dataclass(frozen=True, slots=True)
 class GearConfig:
     """A compressed page: `page_size` tokens, keys and values each stored in their own way."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _NOTHING_ELSE
 
     keys: PartConfig = field(default_factory=PartConfig)
     values: PartConfig = field(default_factory=PartConfig)
     page_size: int = 128  # tokens
     sink_tokens: int = 0  # first tokens of a sequence that stay exact; every page reserves their room
+    layers: tuple[LayerConfig, ...] = ()  # those that `gear-fidelity --tune` gave a format of their own
 
     def __post_init__(self) -> None:
         _require(
@@ -70,6 +89,18 @@ class GearConfig:
             f"page_size must be a multiple of 16 from 16 to 256, got {self.page_size}",
         )
         _require(0 <= self.sink_tokens <= 8, f"sink_tokens must be between 0 and 8, got {self.sink_tokens}")
+        numbers = [own.layer for own in self.layers]
+        _require(
+            len(set(numbers)) == len(numbers) and min(numbers, default=0) >= 0,
+            f"layers must name each layer once, counted from 0, got {numbers}",
+        )
+
+    def parts(self, layer: int) -> tuple[PartConfig, PartConfig]:
+        """Keys and values of one layer."""
+        for own in self.layers:
+            if own.layer == layer:
+                return own.keys, own.values
+        return self.keys, self.values
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +146,33 @@ PRESETS: dict[str, GearConfig | RawConfig] = {
 
 
 def preset(name: str) -> GearConfig | RawConfig:
-    """The format called `name`. Raises `ConfigError` naming the ones there are."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    """The format called `name`, or the one in the preset file `name`. Raises `ConfigError` naming the remedy."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.endswith(".json") or Path(name).is_file():
+        return read_preset(Path(name))
+    raise ConfigError(
+        f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}, or a .json file that gear-fidelity --tune wrote"
+    )
+
+
+def read_preset(file: Path) -> GearConfig:
+    """A format as `write_preset` wrote it. Raises `ConfigError` naming the file and the entry that is wrong."""
+    try:
+        return _PRESET_FILE.validate_json(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the preset file {file}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise ConfigError(
+            f"preset file {file}: {where + ': ' if where else ''}{first['msg']}; fix that entry"
+        ) from error
+
+
+def write_preset(config: GearConfig, file: Path) -> None:
+    """As JSON. Raises OSError."""
+    file.write_bytes(_PRESET_FILE.dump_json(config, indent=1) + b"\n")
+
+
+_PRESET_FILE = TypeAdapter(GearConfig)

@@ -1,6 +1,6 @@
 """Where each byte of a page lies: one description that every backend reads and none repeats.
 
-A slot of the pool holds a sealed page of all layers, as L·H records of one (layer, KV head) each,
+A slot of the pool holds a sealed page of all layers, as L·H records of one (layer, KV head) each (layers may differ),
 
     record = keys (codes | scale | zero | unit | factors | outliers | sinks), then values likewise, padded to 16 bytes
 
@@ -29,6 +29,7 @@ class PartLayout(NamedTuple):
     num_vectors: int
     vector_len: int
     bits: int
+    rotate: int
     group_size: int
     num_groups: int  # per vector
     symmetric: int
@@ -48,6 +49,15 @@ class PartLayout(NamedTuple):
     outlier_index: int  # [num_vectors, outliers] uint8, position in the vector
     sinks: int  # [sink_tokens, D] bf16
     end: int
+
+
+class RecordLayout(NamedTuple):
+    """The records of one layer, and where the first of its H lies in a page."""
+
+    keys: PartLayout
+    values: PartLayout
+    start: int
+    record_bytes: int
 
 
 def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, sinks: int, is_keys: bool) -> PartLayout:
@@ -74,6 +84,7 @@ def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, si
         num_vectors=num_vectors,
         vector_len=vector_len,
         bits=part.bits,
+        rotate=int(part.rotate),
         group_size=group_size,
         num_groups=num_groups,
         symmetric=int(part.symmetric),
@@ -114,39 +125,40 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         _check_head_dim(self.head_dim)
-        _ = self.keys, self.values  # raises ConfigError for what does not fit this head_dim
+        for own in self.config.layers:
+            if own.layer >= self.num_layers:
+                raise ConfigError(
+                    f"the preset has a format for layer {own.layer}, and this model's layers end at "
+                    f"{self.num_layers - 1}: tune one for this model (gear-fidelity --tune)"
+                )
+        _ = self.layers  # raises ConfigError for what does not fit this head_dim
 
     @property
     def page_size(self) -> int:
         return self.config.page_size
 
-    @property
-    def rotates_keys(self) -> bool:
-        return self.config.keys.rotate
-
-    @property
-    def rotates_values(self) -> bool:
-        return self.config.values.rotate
-
     @cached_property
-    def keys(self) -> PartLayout:
-        config = self.config
-        return _part_layout(config.keys, 0, config.page_size, self.head_dim, config.sink_tokens, True)
+    def layers(self) -> tuple[RecordLayout, ...]:
+        """Each layer's records."""
+        config, records, start = self.config, [], 0
+        for layer in range(self.num_layers):
+            key_config, value_config = config.parts(layer)
+            keys = _part_layout(key_config, 0, config.page_size, self.head_dim, config.sink_tokens, True)
+            values = _part_layout(value_config, keys.end, config.page_size, self.head_dim, config.sink_tokens, False)
+            record_bytes = -(-values.end // RECORD_ALIGN) * RECORD_ALIGN
+            records.append(RecordLayout(keys, values, start, record_bytes))
+            start += self.num_kv_heads * record_bytes
+        return tuple(records)
 
-    @cached_property
-    def values(self) -> PartLayout:
-        config = self.config
-        return _part_layout(config.values, self.keys.end, config.page_size, self.head_dim, config.sink_tokens, False)
-
-    @cached_property
-    def record_bytes(self) -> int:
-        """One (layer, KV head) of a sealed page."""
-        return -(-self.values.end // RECORD_ALIGN) * RECORD_ALIGN
+    def rotates(self, layer: int) -> tuple[bool, bool]:
+        """Whether keys and values are stored rotated."""
+        return bool(self.layers[layer].keys.rotate), bool(self.layers[layer].values.rotate)
 
     @cached_property
     def page_bytes(self) -> int:
         """One slot: a sealed page of all layers, but at least 8 open tokens."""
-        return max(self.num_layers * self.num_kv_heads * self.record_bytes, OPEN_RUN_ALIGN * self.token_bytes)
+        last = self.layers[-1]
+        return max(last.start + self.num_kv_heads * last.record_bytes, OPEN_RUN_ALIGN * self.token_bytes)
 
     @property
     def token_bytes(self) -> int:
@@ -187,8 +199,6 @@ class RawLayout:
 
     is_raw = True
     max_runs = 1
-    rotates_keys = False
-    rotates_values = False
 
     def __post_init__(self) -> None:
         _check_head_dim(self.head_dim)
@@ -200,6 +210,9 @@ class RawLayout:
     @property
     def run_tokens(self) -> int:
         return self.config.page_size
+
+    def rotates(self, layer: int) -> tuple[bool, bool]:
+        return False, False
 
     @property
     def token_bytes(self) -> int:

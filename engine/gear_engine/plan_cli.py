@@ -13,7 +13,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def plan(
     model: Annotated[str | None, typer.Argument(help="A model folder, a .gguf file or a hub name.")] = None,
-    preset: Annotated[str, typer.Option(help="How pages are stored.")] = "near-lossless",
+    preset: Annotated[str, typer.Option(help="How pages are stored: a name, or a preset file.")] = "near-lossless",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     memory: Annotated[str, typer.Option(help="A fraction of the machine's memory, or a size such as 8GiB.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,

@@ -65,7 +65,7 @@ def serve(
         str | None, _option("--backend", "How compressed pages are written and read.", _engine.backend)
     ] = None,
     preset: Annotated[
-        str | None, _option("--preset", "How strongly keys and values are compressed.", _engine.preset)
+        str | None, _option("--preset", "How keys and values are stored: a name, or a preset file.", _engine.preset)
     ] = None,
     memory: Annotated[
         str | None,

@@ -1,10 +1,13 @@
 """The compiled backend against the definition, over every preset, head shape, window and soft-cap."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from gear_compression import PRESETS, layout_for
+from gear_compression import PRESETS, GearConfig, PageLayout, layout_for
+from gear_compression.config import LayerConfig
 from gear_compression.cpu.backend import CpuBackend
 from gear_compression.layout import Layout
 from gear_compression.paged import PagedBatch
@@ -44,7 +47,7 @@ def run(
         )
         rows = [x[at:end] for x in qkv]
         plan = backend.plan(batch)
-        outputs.append(backend.attend(plan, 0, *rows, **options))  # type: ignore[arg-type]
+        outputs.append(backend.attend(plan, layout.num_layers - 1, *rows, **options))  # type: ignore[arg-type]
         open_slots, at = next_open, end
     return torch.cat(outputs)
 
@@ -63,7 +66,21 @@ CASES = [
 def test_the_cpu_backend_computes_what_the_definition_says(
     name: str, H: int, G: int, D: int, window: int | None, softcap: float | None
 ) -> None:
-    layout = layout_for(PRESETS[name], 1, H, D, 4)
+    agree(layout_for(PRESETS[name], 1, H, D, 4), G, window, softcap)
+
+
+def test_a_layer_may_have_a_format_of_its_own() -> None:
+    own = PRESETS["max-compression"]
+    assert isinstance(own, GearConfig)
+    keys = dataclasses.replace(own.keys, rank=4, outliers=2, rotate=True)
+    config = dataclasses.replace(PRESETS["near-lossless"], layers=(LayerConfig(1, keys, own.keys),))
+    layout = PageLayout(config, 2, 2, 64)
+    assert layout.layers[1].start == 2 * layout.layers[0].record_bytes
+    agree(layout, 3, None, None)
+
+
+def agree(layout: Layout, G: int, window: int | None, softcap: float | None) -> None:
+    H, D = layout.num_kv_heads, layout.head_dim
     chunks = [150, 1, 1, 120, 7, *[1] * 5]
     g = torch.Generator().manual_seed(D)
     T = sum(chunks)

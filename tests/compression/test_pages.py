@@ -1,6 +1,7 @@
 """What a page promises: its bytes, its error, and that it depends on nothing but its own tokens."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gear_compression import PRESETS, GearConfig, PageLayout, PartConfig, layout_for
-from gear_compression.config import ConfigError, preset
+from gear_compression.config import ConfigError, LayerConfig, preset, write_preset
 from gear_compression.cpu.backend import CpuBackend
 from gear_compression.paged import PagedBatch
 from gear_compression.reference.packing import pack_codes, unpack_codes
@@ -98,8 +99,8 @@ def test_the_bytes_of_a_page_equal_the_formula(name: str, head_dim: int) -> None
             2 * config.sink_tokens * head_dim,
         ]
         total += sum(-(-section // 4) * 4 for section in sections)
-    assert layout.record_bytes == -(-total // 16) * 16
-    assert layout.page_bytes >= 30 * 3 * layout.record_bytes
+    assert layout.layers[0].record_bytes == -(-total // 16) * 16
+    assert layout.page_bytes >= 30 * 3 * layout.layers[0].record_bytes
 
 
 ODD_INPUTS = {
@@ -143,7 +144,7 @@ def test_compiled_sealing_agrees_with_the_definition_alone_and_in_a_batch(name: 
     S, P = layout.page_size, 3
     k = torch.stack([torch.stack([keys_like(S, 32, 10 * p + h) for h in range(2)], 1) for p in range(P)]).bfloat16()
     v = torch.randn(P, S, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    if layout.rotates_values:
+    if layout.rotates(0)[1]:
         from gear_compression.reference.rotation import hadamard
 
         stored_v = (v.float() @ hadamard(32)).bfloat16()
@@ -161,7 +162,7 @@ def test_compiled_sealing_agrees_with_the_definition_alone_and_in_a_batch(name: 
         rows = [t[pages].flatten(0, 1).float() for t in (k, v)]
         q = torch.zeros(N * S, 2, 32)
         backend.attend(backend.plan(batch), 0, q, *rows, scaling=1.0, sliding_window=None, softcap=None)
-        return slab[:, : 2 * layout.record_bytes].view(P, 2, -1)
+        return slab[:, : 2 * layout.layers[0].record_bytes].view(P, 2, -1)
 
     together = sealed([0, 1, 2])
     different = float((together != want).float().mean())
@@ -180,3 +181,34 @@ def test_a_format_that_cannot_exist_is_refused_by_name() -> None:
         preset("best")
     with pytest.raises(ConfigError, match="head_dim"):
         PageLayout(GearConfig(), 1, 1, 40)
+
+
+def test_a_preset_file_reads_back_as_it_was_written(tmp_path: Path) -> None:
+    base = PRESETS["near-lossless"]
+    assert isinstance(base, GearConfig)
+    own = LayerConfig(3, dataclasses.replace(base.keys, bits=5), base.values)
+    config = dataclasses.replace(base, layers=(own,))
+    file = tmp_path / "tuned.json"
+    write_preset(config, file)
+    assert preset(str(file)) == config
+    assert config.parts(3) == (own.keys, own.values)
+    with pytest.raises(ConfigError, match="layer 3"):
+        PageLayout(config, 2, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"page_sise": 64}', "page_sise"),
+        ('{"keys": {"bits": 6}}', "bits must be one of"),
+        ('{"layers": [{"layer": 1, "keys": {}, "values": {"rnak": 1}}]}', r"layers\.0\.values\.rnak"),
+    ],
+)
+def test_a_broken_preset_file_is_refused_by_entry(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        preset(str(file))
+    with pytest.raises(ConfigError, match="cannot read"):
+        preset(str(tmp_path / "missing.json"))

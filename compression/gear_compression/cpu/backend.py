@@ -31,6 +31,12 @@ def _threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="gear-cpu")
 
 
+@functools.cache
+def _start(page_size: int, rank: int) -> NDArray[np.float32]:
+    """[R, S]: where the subspace iteration begins."""
+    return start_matrix(page_size, rank).T.contiguous().numpy()
+
+
 def spread(kernel: Callable[..., None], items: NDArray[np.int64], num_tokens: int, *args: object) -> None:
     """Run `kernel(items, *args)` over slices of items [M, 2], one a core; the kernels let go of the GIL."""
     num_slices = min(torch.get_num_threads(), len(items), max(1, num_tokens // MIN_TOKENS_PER_THREAD))
@@ -79,14 +85,10 @@ class CpuBackend:
         self.layout = layout
         self.runs = open_runs(slab, layout, raw_dtype if layout.is_raw else torch.bfloat16)
         self._slab = Slab.of(slab.view(-1).numpy())
-        self._kernel_layout = KernelLayout.of(layout, slab.shape[1])
+        self._kernel_layouts = [KernelLayout.of(layout, layer, slab.shape[1]) for layer in range(layout.num_layers)]
         self._rotation = hadamard(layout.head_dim)
         self.page_errors: list[PageErrors] = []  # sampled; whoever reads them empties the list
         self._sampled_layer = 0
-        self._key_start, self._value_start = (
-            start_matrix(layout.page_size, part.rank).T.contiguous().numpy()
-            for part in (self._kernel_layout.keys, self._kernel_layout.values)
-        )
 
     def plan(self, batch: PagedBatch) -> CpuPlan:
         """Everything that is decided once a step, so that a layer only computes."""
@@ -127,9 +129,10 @@ class CpuBackend:
     ) -> Tensor:
         """q [T, Q, D], k, v [T, H, D] → [T, Q, D] float32; seals the pages that fill, appends the rest."""
         q, k, v = q.float(), k.float(), v.float()
-        if self.layout.rotates_keys:
+        rotates_keys, rotates_values = self.layout.rotates(layer)
+        if rotates_keys:
             q, k = q @ self._rotation, k @ self._rotation
-        if self.layout.rotates_values:
+        if rotates_values:
             v = v @ self._rotation
         if self.runs.dtype != torch.float32:  # every path sees what the pool will hold
             k, v = k.to(self.runs.dtype).float(), v.to(self.runs.dtype).float()
@@ -139,14 +142,14 @@ class CpuBackend:
         out = torch.empty_like(q)
         if len(plan.decode_items):
             spread(
-                decode, plan.decode_items, plan.decode_tokens, self._slab, self._kernel_layout, layer,
+                decode, plan.decode_items, plan.decode_tokens, self._slab, self._kernel_layouts[layer], layer,
                 plan.page_table, plan.open_slots, plan.context_len, plan.rows, q.numpy(), k.numpy(), v.numpy(),
                 np.float32(scaling), sliding_window or 0, np.float32(softcap or 0.0), out.numpy(),
             )  # fmt: skip
         for chunk in plan.chunks:
             self._attend_chunk(plan, chunk, layer, q, k, v, scaling, sliding_window, softcap, out)
         plan.open_rows.write(self.runs, layer, k, v)
-        return out @ self._rotation if self.layout.rotates_values else out
+        return out @ self._rotation if rotates_values else out
 
     def _seal(self, plan: CpuPlan, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the records of the pages that this step fills, before anything reads them."""
@@ -158,10 +161,11 @@ class CpuBackend:
             return
         exact = torch.stack(pages).permute(2, 0, 3, 1, 4).contiguous()  # [2, P, S, H, D]
         items = torch.cartesian_prod(torch.arange(len(slots)), torch.arange(self.layout.num_kv_heads)).numpy()
+        lay = self._kernel_layouts[layer]
         spread(
-            seal, items, len(items) * MIN_TOKENS_PER_THREAD, self._slab, self._kernel_layout, layer, np.array(slots),
+            seal, items, len(items) * MIN_TOKENS_PER_THREAD, self._slab, lay, np.array(slots),
             exact[0].numpy(), exact[1].numpy(), np.array([s.page == 0 for s in plan.filled]),
-            self._key_start, self._value_start,
+            _start(lay.page_size, lay.keys.rank), _start(lay.page_size, lay.values.rank),
         )  # fmt: skip
         if layer == self._sampled_layer:  # one layer of one page a sealing step: too little to be felt
             self.page_errors.append(self._measure(layer, slots[0], exact[:, 0], plan.filled[0].page))
@@ -178,7 +182,7 @@ class CpuBackend:
         keys, values = torch.empty(H, D, S), torch.empty(H, S, D)
         items = np.array([[0, head] for head in range(H)])
         slots = np.array([slot])
-        dequantize(items, self._slab, self._kernel_layout, layer, slots, page, keys.numpy(), values.numpy())
+        dequantize(items, self._slab, self._kernel_layouts[layer], layer, slots, page, keys.numpy(), values.numpy())
         stored = keys.transpose(1, 2), values
         ratios = [
             float((back - x.transpose(0, 1)).norm() / x.norm().clamp(min=1e-30))
@@ -207,7 +211,7 @@ class CpuBackend:
         if num_past:
             items = torch.cartesian_prod(torch.arange(num_past), torch.arange(H)).numpy()
             spread(
-                dequantize, items, num_past * S * H, self._slab, self._kernel_layout, layer,
+                dequantize, items, num_past * S * H, self._slab, self._kernel_layouts[layer], layer,
                 plan.page_table[chunk[0].sequence, :num_past], 0, past_k.numpy(), past_v.numpy(),
             )  # fmt: skip
         for segment in chunk:

@@ -18,10 +18,11 @@ from gear_compression.layout import Layout, PartLayout, RawLayout
 
 
 class KernelLayout(NamedTuple):
-    """What the compiled code needs of a layout: integers only. Raw pages have no record (record_bytes 0)."""
+    """What the compiled code needs to know of one layer: integers only. Raw pages have no record (record_bytes 0)."""
 
     keys: PartLayout
     values: PartLayout
+    start: int  # of the layer's records in a page
     record_bytes: int
     slot_bytes: int
     page_size: int
@@ -32,14 +33,13 @@ class KernelLayout(NamedTuple):
     sink_tokens: int
 
     @classmethod
-    def of(cls, layout: Layout, slot_bytes: int) -> "KernelLayout":
+    def of(cls, layout: Layout, layer: int, slot_bytes: int) -> "KernelLayout":
         common = (slot_bytes, layout.page_size, layout.run_tokens)
         shape = (layout.num_kv_heads, layout.head_dim)
         if isinstance(layout, RawLayout):
             nothing = PartLayout(*[0] * len(PartLayout._fields))
-            return cls(nothing, nothing, 0, *common, 8 * layout.element_bytes, *shape, 0)
-        sinks = layout.config.sink_tokens
-        return cls(layout.keys, layout.values, layout.record_bytes, *common, 16, *shape, sinks)
+            return cls(nothing, nothing, 0, 0, *common, 8 * layout.element_bytes, *shape, 0)
+        return cls(*layout.layers[layer], *common, 16, *shape, layout.config.sink_tokens)
 
 
 class Scratch(NamedTuple):
@@ -61,6 +61,12 @@ def new_scratch(lay, G):  # type: ignore[no-untyped-def]
     return Scratch(
         np.empty(n, f32), np.empty(n, f32), np.empty(G * max(S, D), f32), np.empty(matrix, f32), np.empty(D, f32)
     )
+
+
+@numba.njit(inline="always")
+def record_at(lay, slot, head):  # type: ignore[no-untyped-def]
+    """Byte offset of a sealed page's record."""
+    return slot * lay.slot_bytes + lay.start + head * lay.record_bytes
 
 
 @numba.njit(**FAST)
@@ -215,7 +221,7 @@ def attend_pages(slab, lay, page_table, first_token, num_pages, layer, head, sof
         if lay.record_bytes == 0:
             attend_runs(slab, lay, slot, layer, head, first, S, softcap, q, scores, scratch, running, out)
             continue
-        base = slot[0] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
+        base = record_at(lay, slot[0], head)
         num_sinks = lay.sink_tokens if page == 0 else 0
         score_sealed(slab, base, lay, num_sinks, q, scores, scratch)
         scores[:, :first] = 0.0

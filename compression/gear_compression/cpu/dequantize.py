@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-from gear_compression.cpu.decode import add_product, new_scratch, run_row
+from gear_compression.cpu.decode import add_product, new_scratch, record_at, run_row
 from gear_compression.cpu.rows import FAST, from_bf16, read_factors, read_row, read_scales
 
 
@@ -57,7 +57,7 @@ def dequantize(items, slab, lay, layer, slots, first_page, keys, values):  # typ
                 read_row(slab, run_row(lay, slots[p], layer, head, 1, t), D, lay.element_bits, row)
                 v[t] = row[:D]
             continue
-        base = slots[p] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
+        base = record_at(lay, slots[p], head)
         num_sinks = lay.sink_tokens if first_page + p == 0 else 0
         dequantize_part(slab, base, lay.keys, lay, k, True, num_sinks, scratch)
         dequantize_part(slab, base, lay.values, lay, v, False, num_sinks, scratch)

@@ -7,6 +7,7 @@ differ; a page never depends on what else is sealed beside it.
 import numba
 import numpy as np
 
+from gear_compression.cpu.decode import record_at
 from gear_compression.cpu.rows import from_bf16
 from gear_compression.reference.low_rank import NUM_ROUNDS
 from gear_compression.reference.rounding import TINY as _TINY
@@ -288,14 +289,14 @@ def fit_kept(rest, kept, is_keys, start, a, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**EXACT)
-def seal(items, slab, lay, layer, slots, k, v, is_first, key_start, value_start):  # type: ignore[no-untyped-def]
+def seal(items, slab, lay, slots, k, v, is_first, key_start, value_start):  # type: ignore[no-untyped-def]
     """Seal the (page, head) pairs of items [M, 2]: k, v [P, S, H, D] float32, page p into slots[p].
 
     key_start, value_start [R, S]: the fixed start of the subspace iteration.
     """
     for m in range(items.shape[0]):
         p, head = items[m, 0], items[m, 1]
-        base = slots[p] * lay.slot_bytes + (layer * lay.num_heads + head) * lay.record_bytes
+        base = record_at(lay, slots[p], head)
         num_sinks = lay.sink_tokens if is_first[p] else 0
         seal_part(slab, base, lay.keys, np.ascontiguousarray(k[p, :, head]), True, num_sinks, key_start)
         seal_part(slab, base, lay.values, np.ascontiguousarray(v[p, :, head]), False, num_sinks, value_start)

@@ -40,9 +40,10 @@ class ReferenceBackend:
         layout = self.layout
         rotation = hadamard(layout.head_dim)
         q, k, v = q.float(), k.float(), v.float()
-        if layout.rotates_keys:
+        rotates_keys, rotates_values = layout.rotates(layer)
+        if rotates_keys:
             q, k = _rotated(q, rotation), _rotated(k, rotation)
-        if layout.rotates_values:
+        if rotates_values:
             v = _rotated(v, rotation)
         k, v = k.to(self.runs.dtype), v.to(self.runs.dtype)
         out = torch.empty_like(q)
@@ -57,7 +58,7 @@ class ReferenceBackend:
                 values = torch.cat([past_v, own_v], 1)[:, :length].float()
                 out[segment.row + i] = attend_one(q[segment.row + i], keys, values, scaling, sliding_window, softcap)
         OpenRows.of(batch, layout).write(self.runs, layer, k, v)
-        return _rotated(out, rotation) if layout.rotates_values else out
+        return _rotated(out, rotation) if rotates_values else out
 
     def _seal(self, slot: int, layer: int, k: Tensor, v: Tensor, segment: Segment) -> None:
         """k, v [H, S, D]."""
@@ -65,8 +66,8 @@ class ReferenceBackend:
             self.runs[slot, layer] = torch.stack([k, v], dim=1)
             return
         is_first = torch.tensor([segment.page == 0])
-        records = compress_pages(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.layout, is_first)
-        self._records(slot)[layer] = records[0]
+        records = compress_pages(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.layout, is_first, layer)
+        self._records(slot, layer)[:] = records[0]
 
     def _sealed(self, slots: list[int], layer: int) -> tuple[Tensor, Tensor]:
         """K and V [H, len(slots) · S, D] of a sequence's first pages."""
@@ -76,18 +77,19 @@ class ReferenceBackend:
             if isinstance(self.layout, RawLayout):
                 k, v = self.runs[slot, layer].unbind(1)
             else:
-                records = self._records(slot)[layer][None]
-                k, v = (x[0].transpose(0, 1) for x in decompress_pages(records, self.layout, torch.tensor([page == 0])))
+                is_first = torch.tensor([page == 0])
+                pages = decompress_pages(self._records(slot, layer)[None], self.layout, is_first, layer)
+                k, v = (x[0].transpose(0, 1) for x in pages)
             ks.append(k)
             vs.append(v)
         return torch.cat(ks, 1), torch.cat(vs, 1)
 
-    def _records(self, slot: int) -> Tensor:
-        """[L, H, record_bytes] uint8, a view."""
+    def _records(self, slot: int, layer: int) -> Tensor:
+        """[H, record_bytes] uint8, a view."""
         layout = self.layout
         assert not isinstance(layout, RawLayout)
-        shape = (layout.num_layers, layout.num_kv_heads, layout.record_bytes)
-        return self.slab[slot, : torch.Size(shape).numel()].view(shape)
+        at, H = layout.layers[layer], layout.num_kv_heads
+        return self.slab[slot, at.start : at.start + H * at.record_bytes].view(H, at.record_bytes)
 
 
 def _rotated(x: Tensor, rotation: Tensor) -> Tensor:

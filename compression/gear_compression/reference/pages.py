@@ -54,34 +54,34 @@ def decompress_part(compressed: CompressedPart, is_keys: bool, num_sinks: int) -
     return x
 
 
-def compress_pages(k: Tensor, v: Tensor, layout: PageLayout, is_first: Tensor) -> Tensor:
-    """k, v [P, S, H, D] of one layer → records [P, H, record_bytes] uint8. `is_first` [P] bool: begins a sequence.
+def compress_pages(k: Tensor, v: Tensor, layout: PageLayout, is_first: Tensor, layer: int = 0) -> Tensor:
+    """k, v [P, S, H, D] of `layer` → records [P, H, record_bytes] uint8. `is_first` [P] bool: begins a sequence.
 
     Each page and head is compressed alone, so a page's bytes never depend on its neighbours.
     """
     P, _, H, _ = k.shape
-    records = torch.zeros(P, H, layout.record_bytes, dtype=torch.uint8)
+    at = layout.layers[layer]
+    key_config, value_config = layout.config.parts(layer)
+    records = torch.zeros(P, H, at.record_bytes, dtype=torch.uint8)
     for p in range(P):
         for h in range(H):
-            for x, part, at, is_keys in (
-                (k, layout.config.keys, layout.keys, True),
-                (v, layout.config.values, layout.values, False),
-            ):
+            for x, config, part, is_keys in ((k, key_config, at.keys, True), (v, value_config, at.values, False)):
                 compressed = compress_part(
-                    x[p, :, h].float(), part, is_keys, layout.config.sink_tokens, bool(is_first[p])
+                    x[p, :, h].float(), config, is_keys, layout.config.sink_tokens, bool(is_first[p])
                 )
-                pack_part(records[p, h], at, compressed)
+                pack_part(records[p, h], part, compressed)
     return records
 
 
-def decompress_pages(records: Tensor, layout: PageLayout, is_first: Tensor) -> tuple[Tensor, Tensor]:
-    """records [P, H, record_bytes] of one layer → k, v [P, S, H, D] float32."""
+def decompress_pages(records: Tensor, layout: PageLayout, is_first: Tensor, layer: int = 0) -> tuple[Tensor, Tensor]:
+    """records [P, H, record_bytes] of `layer` → k, v [P, S, H, D] float32."""
     P, H, _ = records.shape
+    at = layout.layers[layer]
     k = torch.empty(P, layout.page_size, H, layout.head_dim)
     v = torch.empty_like(k)
     for p in range(P):
         num_sinks = layout.config.sink_tokens if is_first[p] else 0
         for h in range(H):
-            k[p, :, h] = decompress_part(unpack_part(records[p, h], layout.keys, layout), True, num_sinks)
-            v[p, :, h] = decompress_part(unpack_part(records[p, h], layout.values, layout), False, num_sinks)
+            k[p, :, h] = decompress_part(unpack_part(records[p, h], at.keys, layout), True, num_sinks)
+            v[p, :, h] = decompress_part(unpack_part(records[p, h], at.values, layout), False, num_sinks)
     return k, v
