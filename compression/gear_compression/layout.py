@@ -6,15 +6,19 @@ A slot of the pool holds a sealed page of all layers, as L·H records of one (la
 
 or a run of an open page's tokens in bf16: [L, H, 2, run_tokens, D], keys at 0 and values at 1.
 Raw pages are such runs too, in the model's dtype.
+
+The codes of a record lie in planes (for vector units) or in tiles (for tensor cores, `reference/tiles.py`). The order
+changes no value and no size.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gear_compression.config import ConfigError, GearConfig, PartConfig, RawConfig
 
-RECORD_ALIGN = 16  # bytes: what a GPU's bulk copy asks for
+CodeOrder = Literal["planes", "tiles"]
+RECORD_ALIGN = 16  # bytes: what a GPU's bulk copy and widest loads ask for
 OPEN_RUN_ALIGN = 8  # tokens
 
 
@@ -23,9 +27,12 @@ class PartLayout(NamedTuple):
 
     A part is a matrix of `num_vectors` vectors of `vector_len` codes, row after row. m codes lie in planes 1, 2, 4 or
     8 bits wide (3 = 2 + 1, 5 = 4 + 1), each plane w·m/8 bytes, where byte j holds the digits of codes j, j + w·m/8,
-    j + 2·w·m/8 …: one unpacking instruction serves neighbouring codes, whatever the width.
+    j + 2·w·m/8 …: one unpacking instruction serves neighbouring codes, whatever the width. Shapes below are those of
+    order "planes".
     """
 
+    is_keys: int
+    tiled: int
     num_vectors: int
     vector_len: int
     bits: int
@@ -41,13 +48,13 @@ class PartLayout(NamedTuple):
     codes: int  # [num_vectors · vector_len] packed
     scale: int  # [num_groups, num_vectors] bf16 or uint8
     zero: int  # the same, bf16 or int8; absent when symmetric
-    unit: int  # [2] bf16: what one count of an 8-bit scale and of an 8-bit zero is worth
     tokens_factor: int  # [rank · S] packed codes or bf16
     channels_factor: int  # [rank · D]
-    factor_scale: int  # [rank] bf16, for coded factors
     outlier_value: int  # [num_vectors, outliers] bf16
     outlier_index: int  # [num_vectors, outliers] uint8, position in the vector
     sinks: int  # [sink_tokens, D] bf16
+    unit: int  # [2] bf16: what one count of an 8-bit scale and of an 8-bit zero is worth
+    factor_scale: int  # [rank] bf16, for coded factors
     end: int
 
 
@@ -60,7 +67,9 @@ class RecordLayout(NamedTuple):
     record_bytes: int
 
 
-def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, sinks: int, is_keys: bool) -> PartLayout:
+def _part_layout(
+    part: PartConfig, start: int, page_size: int, head_dim: int, sinks: int, is_keys: bool, order: CodeOrder
+) -> PartLayout:
     num_vectors, vector_len = (head_dim, page_size) if is_keys else (page_size, head_dim)
     group_size = part.group_size or vector_len
     name = "keys" if is_keys else "values"
@@ -74,13 +83,15 @@ def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, si
     scale_bytes = num_vectors * num_groups * part.scale_bits // 8
     offset = start
 
-    def take(num_bytes: int) -> int:
+    def take(num_bytes: int, align: int = RECORD_ALIGN) -> int:
         nonlocal offset
         at = offset
-        offset += -(-num_bytes // 4) * 4  # sections start on 4 bytes
+        offset += -(-num_bytes // align) * align
         return at
 
     return PartLayout(
+        is_keys=int(is_keys),
+        tiled=int(order == "tiles"),
         num_vectors=num_vectors,
         vector_len=vector_len,
         bits=part.bits,
@@ -96,20 +107,40 @@ def _part_layout(part: PartConfig, start: int, page_size: int, head_dim: int, si
         codes=take(num_vectors * vector_len * part.bits // 8),
         scale=take(scale_bytes),
         zero=take(0 if part.symmetric else scale_bytes),
-        unit=take(4 if part.scale_bits == 8 else 0),
         tokens_factor=take(part.rank * page_size * part.factor_bits // 8),
         channels_factor=take(part.rank * head_dim * part.factor_bits // 8),
-        factor_scale=take(2 * part.rank if part.factor_bits < 16 else 0),
         outlier_value=take(2 * num_vectors * part.outliers),
         outlier_index=take(num_vectors * part.outliers),
         sinks=take(2 * sinks * head_dim),
-        end=offset,
+        unit=take(4 if part.scale_bits == 8 else 0, 4),
+        factor_scale=take(2 * part.rank if part.factor_bits < 16 else 0, 4),
+        end=-(-offset // RECORD_ALIGN) * RECORD_ALIGN,
     )
 
 
 def _check_head_dim(head_dim: int) -> None:
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ConfigError(f"head_dim must be a multiple of 16 from 16 to 256, got {head_dim}")
+
+
+def _check_tiles(config: GearConfig, num_layers: int, head_dim: int) -> None:
+    """What tensor-core tiles can hold. Raises `ConfigError` naming what to change."""
+    if config.page_size % 64:
+        raise ConfigError(f"page_size {config.page_size} is no multiple of 64, which this device's tiles need")
+    if head_dim % 32:
+        raise ConfigError(f"head_dim {head_dim} is no multiple of 32, which this device's tiles need")
+    for layer in range(num_layers):
+        for name, part in zip(("keys", "values"), config.parts(layer), strict=True):
+            if name == "values" and head_dim % 64 and part.bits in (3, 5):
+                raise ConfigError(f"values: {part.bits} bits need a head_dim that is a multiple of 64: try 2, 4 or 8")
+            if part.rank and part.factor_bits == 16 and (part.rank > 8 or part.rank % 2):
+                raise ConfigError(f"{name}: 16-bit factors of rank {part.rank}: choose an even rank of at most 8")
+            if part.rank and part.factor_bits == 4 and (name == "values" or part.rank % 4):
+                raise ConfigError(
+                    f"{name}: 4-bit factors of rank {part.rank}: only keys have tiles of them, of rank 4 to 16 by 4"
+                )
+            if part.rank and part.factor_bits == 8:
+                raise ConfigError(f"{name}: 8-bit factors have no tiles: choose 4 or 16 bits")
 
 
 @dataclass(frozen=True)
@@ -120,6 +151,7 @@ class PageLayout:
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    order: CodeOrder = "planes"
 
     is_raw = False
 
@@ -132,6 +164,8 @@ class PageLayout:
                     f"{self.num_layers - 1}: tune one for this model (gear-fidelity --tune)"
                 )
         _ = self.layers  # raises ConfigError for what does not fit this head_dim
+        if self.order == "tiles":
+            _check_tiles(self.config, self.num_layers, self.head_dim)
 
     @property
     def page_size(self) -> int:
@@ -141,13 +175,13 @@ class PageLayout:
     def layers(self) -> tuple[RecordLayout, ...]:
         """Each layer's records."""
         config, records, start = self.config, [], 0
+        sizes = (config.page_size, self.head_dim, config.sink_tokens)
         for layer in range(self.num_layers):
             key_config, value_config = config.parts(layer)
-            keys = _part_layout(key_config, 0, config.page_size, self.head_dim, config.sink_tokens, True)
-            values = _part_layout(value_config, keys.end, config.page_size, self.head_dim, config.sink_tokens, False)
-            record_bytes = -(-values.end // RECORD_ALIGN) * RECORD_ALIGN
-            records.append(RecordLayout(keys, values, start, record_bytes))
-            start += self.num_kv_heads * record_bytes
+            keys = _part_layout(key_config, 0, *sizes, is_keys=True, order=self.order)
+            values = _part_layout(value_config, keys.end, *sizes, is_keys=False, order=self.order)
+            records.append(RecordLayout(keys, values, start, values.end))
+            start += self.num_kv_heads * values.end
         return tuple(records)
 
     def rotates(self, layer: int) -> tuple[bool, bool]:
@@ -236,9 +270,14 @@ Layout = PageLayout | RawLayout
 
 
 def layout_for(
-    config: GearConfig | RawConfig, num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int
+    config: GearConfig | RawConfig,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    element_bytes: int,
+    order: CodeOrder = "planes",
 ) -> Layout:
     """The layout of `config` for a model. Raises `ConfigError` where the format does not fit its head_dim."""
     if isinstance(config, RawConfig):
         return RawLayout(config, num_layers, num_kv_heads, head_dim, element_bytes)
-    return PageLayout(config, num_layers, num_kv_heads, head_dim)
+    return PageLayout(config, num_layers, num_kv_heads, head_dim, order)

@@ -13,8 +13,9 @@ from gear_compression import PRESETS, GearConfig, PageLayout, PartConfig, layout
 from gear_compression.config import ConfigError, LayerConfig, preset, write_preset
 from gear_compression.cpu.backend import CpuBackend
 from gear_compression.paged import PagedBatch
-from gear_compression.reference.packing import pack_codes, unpack_codes
 from gear_compression.reference.pages import compress_pages, compress_part, decompress_pages, decompress_part
+from gear_compression.reference.planes import pack_codes, unpack_codes
+from gear_compression.reference.tiles import pack_tiles
 
 GEAR_PRESETS = [name for name, config in PRESETS.items() if isinstance(config, GearConfig)]
 
@@ -90,16 +91,15 @@ def test_the_bytes_of_a_page_equal_the_formula(name: str, head_dim: int) -> None
             V * n * part.bits // 8,
             groups * part.scale_bits // 8,
             0 if part.symmetric else groups * part.scale_bits // 8,
-            4 if part.scale_bits == 8 else 0,
             part.rank * config.page_size * part.factor_bits // 8,
             part.rank * head_dim * part.factor_bits // 8,
-            2 * part.rank if part.factor_bits < 16 else 0,
             2 * V * part.outliers,
             V * part.outliers,
             2 * config.sink_tokens * head_dim,
         ]
-        total += sum(-(-section // 4) * 4 for section in sections)
-    assert layout.layers[0].record_bytes == -(-total // 16) * 16
+        last = (4 if part.scale_bits == 8 else 0) + (2 * part.rank if part.factor_bits < 16 else 0)
+        total += sum(-(-section // 16) * 16 for section in [*sections, last])
+    assert layout.layers[0].record_bytes == total
     assert layout.page_bytes >= 30 * 3 * layout.layers[0].record_bytes
 
 
@@ -212,3 +212,41 @@ def test_a_broken_preset_file_is_refused_by_entry(tmp_path: Path, text: str, mes
         preset(str(file))
     with pytest.raises(ConfigError, match="cannot read"):
         preset(str(tmp_path / "missing.json"))
+
+
+@pytest.mark.parametrize("name", GEAR_PRESETS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_tiles_hold_the_same_values_in_the_same_bytes(name: str, head_dim: int) -> None:
+    config = PRESETS[name]
+    assert isinstance(config, GearConfig)
+    if head_dim == 96 and config.values.bits == 3:
+        with pytest.raises(ConfigError, match="values: 3 bits need a head_dim that is a multiple of 64"):
+            PageLayout(config, 1, 1, head_dim, "tiles")
+        return
+    planes, tiles = PageLayout(config, 1, 1, head_dim), PageLayout(config, 1, 1, head_dim, "tiles")
+    assert tiles.page_bytes == planes.page_bytes
+    g = torch.Generator().manual_seed(head_dim)
+    k, v = torch.randn(2, 1, config.page_size, 1, head_dim, generator=g)
+    first = torch.tensor([True])
+    records = [compress_pages(k, v, layout, first) for layout in (planes, tiles)]
+    assert not torch.equal(*records)
+    back = [decompress_pages(r, x, first) for r, x in zip(records, (planes, tiles), strict=True)]
+    for one, other in zip(*back, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_tile_is_a_tensor_cores_fragment() -> None:
+    """Lane 4 g + j finds in word w of its 16 bytes: tokens 16 i + 2 g + l, channels 16 j + 4 w + b (values: turned)."""
+    layout = PageLayout(GearConfig(page_size=128), 1, 1, 64, "tiles")
+    tokens, channels = torch.meshgrid(torch.arange(128), torch.arange(64), indexing="ij")
+    codes = (tokens * 7 + channels * 3) % 16
+    keys, values = layout.layers[0].keys, layout.layers[0].values
+    key_bytes = pack_tiles(codes.T, keys).view(2, 4, 8, 64).int()  # token block, i, g, channel
+    value_bytes = pack_tiles(codes, values).view(2, 4, 8, 64).int()  # token block, i, g, token
+    for block, i, g, j, w, b in ((0, 0, 0, 0, 0, 0), (1, 2, 5, 3, 1, 2), (0, 3, 7, 2, 3, 1)):
+        channel, token = 16 * j + 4 * w + b, 64 * block + 16 * i + 2 * g
+        byte = int(key_bytes[block, i, g, channel])
+        assert (byte & 15, byte >> 4) == (int(codes[token, channel]), int(codes[token + 1, channel]))
+        channel, token = 16 * i + 2 * g, 64 * block + 16 * w + 4 * j + b
+        byte = int(value_bytes[block, i, g, 16 * j + 4 * w + b])
+        assert (byte & 15, byte >> 4) == (int(codes[token, channel]), int(codes[token, channel + 1]))

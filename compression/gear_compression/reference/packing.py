@@ -8,8 +8,8 @@ from torch import Tensor
 from gear_compression.layout import PageLayout, PartLayout
 from gear_compression.reference.codes import Codes
 from gear_compression.reference.low_rank import LowRank
-
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}  # bit widths, least significant first
+from gear_compression.reference.planes import pack_codes, unpack_codes
+from gear_compression.reference.tiles import pack_factors, pack_tiles, unpack_factors, unpack_tiles
 
 
 @dataclass(slots=True)
@@ -21,31 +21,6 @@ class CompressedPart:
     outlier_index: Tensor  # [V, o] int64, position in the vector
     outlier_value: Tensor  # [V, o] float32, bf16 values: what is missing there, to be added
     sinks: Tensor  # [sink_tokens, D] float32, bf16 values; zeros unless the page begins a sequence
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """codes [m] integers → [m · bits / 8] uint8, plane after plane."""
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        per_byte = 8 // width
-        digits = ((codes.int() >> shift) & ((1 << width) - 1)).view(per_byte, -1)
-        weights = torch.tensor([1 << (width * i) for i in range(per_byte)], dtype=torch.int32)[:, None]
-        planes.append((digits * weights).sum(0).to(torch.uint8))
-        shift += width
-    return torch.cat(planes)
-
-
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """[m · bits / 8] uint8 → codes [m] uint8."""
-    m = packed.shape[0] * 8 // bits
-    codes = torch.zeros(m, dtype=torch.int32)
-    at, shift = 0, 0
-    for width in PLANES[bits]:
-        plane = packed[at : at + m * width // 8].int()
-        digits = [(plane >> (width * i)) & ((1 << width) - 1) for i in range(8 // width)]
-        codes += torch.cat(digits) << shift
-        at, shift = at + len(plane), shift + width
-    return codes.to(torch.uint8)
 
 
 def _put(record: Tensor, at: int, x: Tensor) -> None:
@@ -61,7 +36,8 @@ def _get(record: Tensor, at: int, shape: tuple[int, ...], dtype: torch.dtype) ->
 def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
     """Write `part` into record [record_bytes] uint8."""
     codes = part.codes
-    _put(record, at.codes, pack_codes(codes.codes.flatten(), at.bits))
+    packed = pack_tiles(codes.codes, at) if at.tiled else pack_codes(codes.codes.flatten(), at.bits)
+    _put(record, at.codes, packed)
     if at.scale_bits == 16:
         _put(record, at.scale, codes.scale.T.bfloat16())
         if not at.symmetric:
@@ -72,16 +48,15 @@ def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
             _put(record, at.zero, (codes.zero.T / codes.zero_unit).round().to(torch.int8))
         _put(record, at.unit, torch.stack([codes.scale_unit, codes.zero_unit]).bfloat16())
     if part.factors is not None:
-        half = 0.0 if at.factor_bits == 16 else ((1 << at.factor_bits) - 1) / 2
-        for offset, factor in ((at.tokens_factor, part.factors.tokens), (at.channels_factor, part.factors.channels)):
-            stored = (
-                factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + half).flatten(), at.factor_bits)
-            )
-            _put(record, offset, stored)
+        tokens, channels = _pack_factors(part.factors, at)
+        _put(record, at.tokens_factor, tokens)
+        _put(record, at.channels_factor, channels)
         if at.factor_bits < 16:
             _put(record, at.factor_scale, part.factors.scale.bfloat16())
-    _put(record, at.outlier_value, part.outlier_value.bfloat16())
-    _put(record, at.outlier_index, part.outlier_index.to(torch.uint8))
+    by_vector = (part.outlier_value.bfloat16(), part.outlier_index.to(torch.uint8))
+    value, index = (x.T if at.tiled else x for x in by_vector)
+    _put(record, at.outlier_value, value)
+    _put(record, at.outlier_index, index)
     _put(record, at.sinks, part.sinks.bfloat16())
 
 
@@ -100,23 +75,48 @@ def unpack_part(record: Tensor, at: PartLayout, layout: PageLayout) -> Compresse
         zero = scale if at.symmetric else _get(record, at.zero, scale_shape, torch.int8).float() * zero_unit
     if at.symmetric:
         zero = scale * (-((1 << at.bits) - 1) / 2)
+    codes = unpack_tiles(packed, at) if at.tiled else unpack_codes(packed, at.bits).view(V, n)
+    outlier_shape = (at.outliers, V) if at.tiled else (V, at.outliers)
+    index = _get(record, at.outlier_index, outlier_shape, torch.uint8)
+    value = _get(record, at.outlier_value, outlier_shape, torch.bfloat16)
     return CompressedPart(
-        codes=Codes(unpack_codes(packed, at.bits).view(V, n), scale.T, zero.T, scale_unit, zero_unit),
+        codes=Codes(codes, scale.T, zero.T, scale_unit, zero_unit),
         factors=_unpack_factors(record, at, layout) if at.rank else None,
-        outlier_index=_get(record, at.outlier_index, (V, at.outliers), torch.uint8).long(),
-        outlier_value=_get(record, at.outlier_value, (V, at.outliers), torch.bfloat16).float(),
+        outlier_index=(index.T if at.tiled else index).long(),
+        outlier_value=(value.T if at.tiled else value).float(),
         sinks=_get(record, at.sinks, (layout.config.sink_tokens, layout.head_dim), torch.bfloat16).float(),
     )
 
 
-def _unpack_factors(record: Tensor, at: PartLayout, layout: PageLayout) -> LowRank:
-    def factor(offset: int, n: int) -> Tensor:
-        if at.factor_bits == 16:
-            return _get(record, offset, (at.rank, n), torch.bfloat16).float()
-        packed = _get(record, offset, (at.rank * n * at.factor_bits // 8,), torch.uint8)
-        return unpack_codes(packed, at.factor_bits).view(at.rank, n).float() - ((1 << at.factor_bits) - 1) / 2
+def _pack_factors(factors: LowRank, at: PartLayout) -> tuple[Tensor, Tensor]:
+    """Of tokens and of channels."""
+    if at.factor_bits == 16:
+        tokens, channels = factors.tokens.bfloat16(), factors.channels.bfloat16()
+        return (tokens.T if at.tiled and at.is_keys else tokens), channels
+    half = ((1 << at.factor_bits) - 1) / 2
+    codes = (factors.tokens + half, factors.channels + half)
+    if at.tiled:
+        return pack_factors(*codes)
+    tokens, channels = (pack_codes(factor.flatten(), at.factor_bits) for factor in codes)
+    return tokens, channels
 
-    scale = torch.ones(at.rank)
-    if at.factor_bits < 16:
-        scale = _get(record, at.factor_scale, (at.rank,), torch.bfloat16).float()
-    return LowRank(factor(at.tokens_factor, layout.page_size), factor(at.channels_factor, layout.head_dim), scale)
+
+def _unpack_factors(record: Tensor, at: PartLayout, layout: PageLayout) -> LowRank:
+    R, S, D = at.rank, layout.page_size, layout.head_dim
+    if at.factor_bits == 16:
+        turned = at.tiled and at.is_keys
+        tokens = _get(record, at.tokens_factor, (S, R) if turned else (R, S), torch.bfloat16).float()
+        channels = _get(record, at.channels_factor, (R, D), torch.bfloat16).float()
+        return LowRank(tokens.T if turned else tokens, channels, torch.ones(R))
+    bits = at.factor_bits
+    packed = tuple(
+        _get(record, offset, (R * n * bits // 8,), torch.uint8)
+        for offset, n in ((at.tokens_factor, S), (at.channels_factor, D))
+    )
+    if at.tiled:
+        codes = unpack_factors(packed[0], packed[1], R)
+    else:
+        codes = tuple(unpack_codes(x, bits).view(R, -1) for x in packed)  # type: ignore[assignment]
+    half = ((1 << bits) - 1) / 2
+    scale = _get(record, at.factor_scale, (R,), torch.bfloat16).float()
+    return LowRank(codes[0].float() - half, codes[1].float() - half, scale)

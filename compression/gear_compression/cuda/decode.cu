@@ -1,0 +1,638 @@
+// Decode attention straight from GEAR pages: one query token a sequence, codes read into the tensor core.
+//
+// A CTA takes one (sequence, KV head, split of the context) and up to 8 query heads; a warp takes blocks of 64 tokens.
+// Records stream through a two-stage ring in shared memory. Tokens are the rows of the score product and channels
+// the rows of the output product, so codes are always the A operand and 8 queries the columns of B. The scale folds
+// into q for keys and into p for values; p never leaves registers. The last CTA of a (sequence, head) to finish merges the
+// splits, in their order, so the same input gives the same bits.
+#include "record.cuh"
+
+constexpr int kWarps = 2;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kQueries = 8;           // columns of a product
+constexpr int kRows = 64;             // tokens of a block
+constexpr int kBlocks = S / kRows;    // of a page
+constexpr int kPages = kBlocks >= kWarps ? 1 : kWarps / kBlocks;  // pages of a stage
+constexpr int kStageBlocks = kPages * kBlocks;
+constexpr int kColumns = D % 64 == 0 ? 64 : 32;  // channels of a key block, and rows of a value block
+constexpr int kWords = kColumns / 16;            // of a lane, in a key block's row
+constexpr int kParts = D / kColumns;
+constexpr int kTiles = kColumns / 16;  // of a value block: 16 channels each
+constexpr int kStages = 2;
+constexpr float kQueryWorth = 8.f;     // q is divided by it, so that q * scale stays inside fp16
+constexpr float kWeightLog2 = 4.f;     // p is lifted by 2^4, away from fp16's subnormals
+constexpr float kValueWorth = 16.f;    // p * scale is lifted by it where scales are counted in a unit
+
+using KeyStrip = Strip<Keys::bits, false>;
+constexpr bool kEvenValues = Values::rank > 0 || Values::outliers > 0;  // exact parts join the sum of the codes
+using ValueStrip = Strip<Values::bits, kEvenValues>;
+
+struct Args {
+  const uint8_t* pool;
+  int64_t slot_bytes;
+  int64_t records_start;  // of this layer in a sealed page
+  int64_t runs_start;     // of this layer in a run of open tokens
+  const int* page_table;  // [N, max_pages]
+  const int* open_slots;  // [N, max_runs]
+  const int* lengths;     // [N] tokens, the query's own included
+  const uint16_t* q;      // [N, H * group, D] bf16
+  void* out;              // the same shape, bf16 or float
+  float* partial;         // [N * H * group, num_splits, D + 1]: output, then log2 of the sum of weights
+  int* arrived;           // [N * H * query tiles], zero before and after
+  int max_pages, max_runs, num_heads, group, num_splits, pages_per_split, window;
+  float scaling, softcap;
+};
+
+// What a warp has summed so far. Column c & 1 of a fragment is query 2 j + (c & 1).
+struct Sums {
+  float out[kParts * kTiles][4];  // rows: channels 16 i + 2 g and 16 i + 2 g + 1 of a value block
+  float offset[4];                // what the codes' zero takes off every channel, in all rows alike
+  float peak[2];                  // largest score * log2(e) so far
+  float total[2];                 // of this lane's tokens' weights
+
+  DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < kParts * kTiles; m++) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.f;
+    offset[0] = offset[1] = offset[2] = offset[3] = 0.f;
+    peak[0] = peak[1] = -1e30f;
+    total[0] = total[1] = 0.f;
+  }
+};
+
+// Queries as B fragments: column g is query g, and lane j has the channels of its words.
+struct Queries {
+  uint32_t f16[kParts][kWords][2];  // / kQueryWorth: channels (0, 2) and (1, 3) of a word's four
+  float sum[2];                     // over all channels, of queries 2 j and 2 j + 1
+
+  DEVICE void load(const uint16_t* q, int num_queries, int g, int j) {
+    float mine = 0.f;
+#pragma unroll
+    for (int b = 0; b < kParts; b++)
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        uint2 x = make_uint2(0, 0);
+        if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
+        const Quad quad = quad_of_bf16(x, 1.f / kQueryWorth);
+        f16[b][w][0] = quad.even, f16[b][w][1] = quad.odd;
+        mine += low_bf16(x.x) + high_bf16(x.x) + low_bf16(x.y) + high_bf16(x.y);
+      }
+    mine += __shfl_xor_sync(~0u, mine, 1);
+    mine += __shfl_xor_sync(~0u, mine, 2);
+    sum[0] = __shfl_sync(~0u, mine, 8 * j) / kQueryWorth;  // lane 4 (2 j)
+    sum[1] = __shfl_sync(~0u, mine, 8 * j + 4) / kQueryWorth;
+  }
+};
+
+// Coefficients q . B of the low-rank factors as the B operand of their product with A: ranks are its rows.
+struct Coefficients {
+  uint32_t low, high;
+};
+
+DEVICE Coefficients key_coefficients(const uint8_t* record, const Queries& q, int g, int j) {
+  float x[4] = {0.f, 0.f, 0.f, 0.f};
+  if constexpr (Keys::factor_bits == 4) {
+    constexpr int kPairs = Keys::rank / 2;
+#pragma unroll
+    for (int b = 0; b < kParts; b++) {
+      uint32_t words[kWords];
+#pragma unroll
+      for (int w = 0; w < kWords; w++) words[w] = 0;
+      if (g < kPairs)
+        load_words<kWords>(record + Keys::channels_factor + (b * kPairs + g) * kColumns + 4 * kWords * j, words);
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        const uint32_t y = words[w] >> 8;
+        mma_f16(x, words[w] & 0x000f000fu, words[w] & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, q.f16[b][w][0],
+                q.f16[b][w][1]);
+      }
+    }
+    uint32_t scales = 0;  // of ranks 2 g and 2 g + 1
+    if (g < kPairs) scales = *(const uint32_t*)(record + Keys::factor_scale + 4 * g);
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const float worth = c < 2 ? 16777216.f : 1048576.f;
+      x[c] = (x[c] * worth - 7.5f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
+    }
+    return {transpose(pack_f16(x[0], x[1])), transpose(pack_f16(x[2], x[3]))};  // ranks (4 j, 4 j + 2), (+ 1, + 3)
+  } else {
+#pragma unroll
+    for (int b = 0; b < kParts; b++)
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        uint2 words = make_uint2(0, 0);
+        if (g < Keys::rank)
+          words = *(const uint2*)(record + Keys::channels_factor +
+                                  2 * (g * D + b * kColumns + 4 * kWords * j + 4 * w));
+        const Quad a = quad_of_bf16(words, 1.f);
+        mma_f16(x, a.even, 0, a.odd, 0, q.f16[b][w][0], q.f16[b][w][1]);
+      }
+    return {transpose(pack_f16(x[0], x[1])), 0};  // ranks (2 j, 2 j + 1)
+  }
+}
+
+// exact [4][4] += A (q . B) of the block's four tiles.
+DEVICE void add_low_rank_scores(const uint8_t* record, int block, Coefficients x, int g, int j, float (&exact)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int pair = (block * 4 + i) * 8 + g;  // of tokens
+    if constexpr (Keys::factor_bits == 4) {
+      uint32_t word = 0;
+      if (4 * j < Keys::rank) word = *(const uint32_t*)(record + Keys::tokens_factor + pair * Keys::rank + 4 * j);
+      // 64 + code is exact in fp16 with the code at bit 4; minus 71.5 leaves code - 7.5.
+      constexpr uint32_t kMask = 0x00f000f0u, kBase = 0x54005400u, kMiddle = 0x54785478u;
+      const uint32_t a0 = sub_f16(((word << 4) & kMask) | kBase, kMiddle), a1 = sub_f16((word & kMask) | kBase, kMiddle);
+      const uint32_t a2 = sub_f16(((word >> 4) & kMask) | kBase, kMiddle);
+      const uint32_t a3 = sub_f16(((word >> 8) & kMask) | kBase, kMiddle);
+      mma_f16(exact[i], a0, a1, a2, a3, x.low, x.high);
+    } else {
+      uint32_t low = 0, high = 0;
+      if (2 * j < Keys::rank) {
+        const uint8_t* at = record + Keys::tokens_factor + 2 * (2 * pair * Keys::rank + 2 * j);
+        low = *(const uint32_t*)at;
+        high = *(const uint32_t*)(at + 2 * Keys::rank);
+      }
+      mma_f16(exact[i], pack_f16(low_bf16(low), high_bf16(low)), pack_f16(low_bf16(high), high_bf16(high)), 0, 0, x.low, 0);
+    }
+  }
+}
+
+// exact [4][4] += the outliers of each channel, added to the tokens they belong to by a product with a one-hot matrix.
+DEVICE void add_outlier_scores(const uint8_t* record, int block, const Queries& q, int g, int j, float (&exact)[4][4]) {
+#pragma unroll
+  for (int o = 0; o < Keys::outliers; o++)
+#pragma unroll
+    for (int b = 0; b < kParts; b++) {
+      const int channel = o * D + b * kColumns + 4 * kWords * j;
+      uint32_t index[kWords];
+      load_words<kWords>(record + Keys::outlier_index + channel, index);
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        const Quad value = quad_of_bf16(*(const uint2*)(record + Keys::outlier_value + 2 * (channel + 4 * w)), 1.f);
+        const uint32_t b0 = mul_f16(q.f16[b][w][0], value.even), b1 = mul_f16(q.f16[b][w][1], value.odd);
+        const uint32_t even = permute(index[w], 0x64646464u, 0x4240), odd = permute(index[w], 0x64646464u, 0x4341);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint32_t low = (0x6400u + block * kRows + 16 * i + 2 * g) * 0x10001u, high = low + 0x10001u;
+          mma_f16(exact[i], equal_f16(even, low), equal_f16(even, high), equal_f16(odd, low), equal_f16(odd, high), b0, b1);
+        }
+      }
+    }
+}
+
+// scores [4][4] of a block: tile i has tokens 16 i + 2 g (c 0, 1) and 16 i + 2 g + 1 (c 2, 3), columns are queries.
+DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, int g, int j, float (&scores)[4][4]) {
+  constexpr int kGroups = Keys::group_size >= kRows ? 1 : kRows / Keys::group_size;  // in a block
+  constexpr int kTilesOfGroup = 4 / kGroups;
+  const int first_group = Keys::num_groups == 1 ? 0 : block * kRows / Keys::group_size;
+
+  float exact[4][4] = {}, codes[4][4] = {}, zeros[kGroups][4] = {};
+  if constexpr (Keys::rank > 0) add_low_rank_scores(record, block, key_coefficients(record, q, g, j), g, j, exact);
+  if constexpr (Keys::outliers > 0) add_outlier_scores(record, block, q, g, j, exact);
+
+#pragma unroll
+  for (int b = 0; b < kParts; b++) {
+    KeyStrip strips[kWords];
+    load_strips<Keys::bits, false, kRows, kWords>(record + Keys::codes, block * kParts + b, S * D / 8, g, j, strips);
+#pragma unroll
+    for (int group = 0; group < kGroups; group++) {
+      const int row = (first_group + group) * D + b * kColumns + 4 * kWords * j;  // of scales and zeros
+#pragma unroll
+      for (int w = 0; w < kWords; w++) {
+        const Quad scale = load_quad<Keys::scale_bits, false>(record + Keys::scale + row * (Keys::scale_bits / 8), w, 1.f);
+        const uint32_t b0 = mul_f16(q.f16[b][w][0], scale.even), b1 = mul_f16(q.f16[b][w][1], scale.odd);
+        if constexpr (Keys::symmetric) {
+          mma_f16(zeros[group], kOnesF16, 0, kOnesF16, 0, b0, b1);
+        } else {
+          const Quad zero = load_quad<Keys::scale_bits, true>(record + Keys::zero + row * (Keys::scale_bits / 8), w, 1.f);
+          mma_f16(zeros[group], zero.even, 0, zero.odd, 0, q.f16[b][w][0], q.f16[b][w][1]);
+        }
+#pragma unroll
+        for (int i = group * kTilesOfGroup; i < (group + 1) * kTilesOfGroup; i++) {
+          uint32_t a[4];
+          strips[w].unpack(i, a);
+          mma_f16(codes[i], a[0], a[1], a[2], a[3], b0, b1);
+        }
+      }
+    }
+  }
+  float scale_unit = kQueryWorth, zero_unit = kQueryWorth;
+  if constexpr (Keys::scale_bits == 8) {
+    scale_unit *= bf16_at(record + Keys::unit);
+    zero_unit *= bf16_at(record + Keys::unit + 2);
+  }
+  if constexpr (Keys::symmetric) zero_unit = -0.5f * ((1 << Keys::bits) - 1) * scale_unit;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const float worth = c < 2 ? KeyStrip::low_worth(i) : KeyStrip::high_worth(i);
+      // A zero's row is the same in all g, and so is its sum in c 0 and 1.
+      scores[i][c] = codes[i][c] * (worth * scale_unit) + zeros[i / kTilesOfGroup][c & 1] * zero_unit +
+                     exact[i][c] * kQueryWorth;
+    }
+}
+
+// scores [tiles][4] → weights 2^(score - peak + 4); what was summed shrinks where the peak rises.
+template <int TILES>
+DEVICE void softmax_step(float (&scores)[TILES][4], Sums& sums) {
+  float rise[2] = {sums.peak[0], sums.peak[1]};
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) rise[c & 1] = fmaxf(rise[c & 1], scores[i][c]);
+#pragma unroll
+  for (int c = 0; c < 2; c++)
+#pragma unroll
+    for (int lane = 4; lane < 32; lane *= 2) rise[c] = fmaxf(rise[c], __shfl_xor_sync(~0u, rise[c], lane));
+  if (__any_sync(~0u, rise[0] > sums.peak[0] || rise[1] > sums.peak[1])) {
+    const float shrink[2] = {exp2_fast(sums.peak[0] - rise[0]), exp2_fast(sums.peak[1] - rise[1])};
+#pragma unroll
+    for (int m = 0; m < kParts * kTiles; m++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) sums.out[m][c] *= shrink[c & 1];
+#pragma unroll
+    for (int c = 0; c < 2; c++) sums.offset[c] *= shrink[c], sums.total[c] *= shrink[c], sums.peak[c] = rise[c];
+  }
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      scores[i][c] = exp2_fast(scores[i][c] - sums.peak[c & 1] + kWeightLog2);
+      sums.total[c & 1] += scores[i][c];
+    }
+}
+
+// Scores to exponents of 2, capped; tokens outside [first, last) get none. token: of the block's first row.
+template <int TILES>
+DEVICE void finish_scores(float (&scores)[TILES][4], const Args& args, int token, int first, int last, int g) {
+  constexpr float kLog2e = 1.4426950408889634f;
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const int at = token + 16 * i + 2 * g + c / 2;
+      float x = scores[i][c] * args.scaling;
+      if constexpr (Options::softcap) x = args.softcap * tanh_fast(x / args.softcap);
+      scores[i][c] = at >= first && at < last ? x * kLog2e : kMinusInfinity;
+    }
+}
+
+// sums.out += p V of a block; p [4][4] as softmax_step leaves it.
+DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4], Sums& sums, int g, int j) {
+  constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
+  uint32_t weights[4][2], scaled[4][2];  // B fragments: rows are tokens 16 i + 4 j + (0, 2) and (1, 3)
+  uint32_t unit = 0;
+  float zero_unit = 1.f;
+  if constexpr (Values::scale_bits == 8) {
+    const float x = bf16_at(record + Values::unit) * kValueWorth;
+    unit = pack_f16(x, x);
+    zero_unit = bf16_at(record + Values::unit + 2);
+  }
+  float zeros[4] = {}, factors[4] = {};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    weights[i][0] = transpose(pack_f16(p[i][0], p[i][1]));
+    weights[i][1] = transpose(pack_f16(p[i][2], p[i][3]));
+    const int token = block * kRows + 16 * i + 4 * j;
+    Quad scale = load_quad<Values::scale_bits, false>(record + Values::scale, token / 4, 1.f);
+    if constexpr (Values::scale_bits == 8) scale = {mul_f16(scale.even, unit), mul_f16(scale.odd, unit)};
+    scaled[i][0] = mul_f16(weights[i][0], scale.even);
+    scaled[i][1] = mul_f16(weights[i][1], scale.odd);
+    if constexpr (Values::symmetric) {
+      mma_f16(sums.offset, kOnesF16, 0, kOnesF16, 0, scaled[i][0], scaled[i][1]);
+    } else {
+      const Quad zero = load_quad<Values::scale_bits, true>(record + Values::zero, token / 4, 1.f);
+      mma_f16(zeros, zero.even, 0, zero.odd, 0, weights[i][0], weights[i][1]);
+    }
+    if constexpr (Values::rank > 0) {
+      uint2 words = make_uint2(0, 0);
+      if (g < Values::rank) words = *(const uint2*)(record + Values::tokens_factor + 2 * (g * S + token));
+      const Quad a = quad_of_bf16(words, 1.f);
+      mma_f16(factors, a.even, 0, a.odd, 0, weights[i][0], weights[i][1]);
+    }
+  }
+  if constexpr (!Values::symmetric) sums.offset[0] += zeros[0] * zero_unit, sums.offset[1] += zeros[1] * zero_unit;
+
+#pragma unroll
+  for (int b = 0; b < kParts; b++) {
+    ValueStrip strips[4];
+    load_strips<Values::bits, kEvenValues, kColumns, 4>(record + Values::codes, block * kParts + b, S * D / 8, g, j, strips);
+#pragma unroll
+    for (int t = 0; t < kTiles; t++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        uint32_t a[4];
+        strips[i].unpack(t, a);
+        mma_f16(sums.out[b * kTiles + t], a[0], a[1], a[2], a[3], scaled[i][0], scaled[i][1]);
+      }
+  }
+
+  if constexpr (Values::outliers > 0) {
+#pragma unroll
+    for (int o = 0; o < Values::outliers; o++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int token = block * kRows + 16 * i + 4 * j;
+        const uint2 words = *(const uint2*)(record + Values::outlier_value + 2 * (o * S + token));
+        // A one-hot 1.0 in fp16 reads as 2^-7 in bf16; with 2^-17 this joins codes worth 2^-24.
+        const float lift = kUnitWorth * 0x1p-17f;
+        const uint32_t even = pack_bf16(low_bf16(words.x) * lift, low_bf16(words.y) * lift);
+        const uint32_t odd = pack_bf16(high_bf16(words.x) * lift, high_bf16(words.y) * lift);
+        const uint32_t b0 = mul_bf16(transpose(pack_bf16(p[i][0], p[i][1])), even);
+        const uint32_t b1 = mul_bf16(transpose(pack_bf16(p[i][2], p[i][3])), odd);
+        const uint32_t index = *(const uint32_t*)(record + Values::outlier_index + o * S + token);
+        const uint32_t mine = (0x6400u + 2 * g) * 0x10001u;  // less this, an index is the tile's first channel or its second
+        const uint32_t i0 = sub_f16(permute(index, 0x64646464u, 0x4240), mine);
+        const uint32_t i1 = sub_f16(permute(index, 0x64646464u, 0x4341), mine);
+#pragma unroll
+        for (int m = 0; m < kParts * kTiles; m++) {
+          const uint32_t low = pack_f16(16.f * m, 16.f * m), high = pack_f16(16.f * m + 1.f, 16.f * m + 1.f);
+          mma_bf16(sums.out[m], equal_f16(i0, low), equal_f16(i0, high), equal_f16(i1, low), equal_f16(i1, high), b0, b1);
+        }
+      }
+  }
+  if constexpr (Values::rank > 0) {
+    const float lift = kUnitWorth * 0x1p-24f;
+    const uint32_t x = transpose(g < Values::rank ? pack_bf16(factors[0] * lift, factors[1] * lift) : 0u);  // ranks 2 j, + 1
+#pragma unroll
+    for (int m = 0; m < kParts * kTiles; m++) {
+      uint32_t first = 0, second = 0;  // channels 16 m + 2 g and + 1, of ranks 2 j and 2 j + 1
+      if (2 * j < Values::rank) {
+        const uint8_t* at = record + Values::channels_factor + 2 * (2 * j * D + 16 * m + 2 * g);
+        first = *(const uint32_t*)at;
+        second = *(const uint32_t*)(at + 2 * D);
+      }
+      mma_bf16(sums.out[m], permute(first, second, 0x5410), permute(first, second, 0x7632), 0, 0, x, 0);
+    }
+  }
+}
+
+// From sums of codes to sums of values, all rows alike.
+DEVICE void settle_codes(Sums& sums) {
+  constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
+  constexpr float kHalf = 0.5f * ((1 << Values::bits) - 1);
+#pragma unroll
+  for (int m = 0; m < kParts * kTiles; m++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const int tile = m % kTiles;
+      const float worth = (c < 2 ? ValueStrip::low_worth(tile) : ValueStrip::high_worth(tile)) / kUnitWorth;
+      const float zero = Values::symmetric ? -kHalf / kUnitWorth * sums.offset[c & 1] : sums.offset[c & 1];
+      sums.out[m][c] = sums.out[m][c] * worth + zero;
+    }
+}
+
+// Sixteen exact tokens, bf16 rows of D channels: this lane's keys are those of tokens 2 g and 2 g + 1 from `key` on, its
+// values those of tokens 4 j … 4 j + 3 from `value` on. Tokens outside [first, last) count for nothing.
+DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const uint32_t (&q)[kParts][kWords][2], const Args& args,
+                      int token, int first, int last, Sums& sums, int g, int j) {
+  float scores[1][4] = {};
+  const bool key_inside = token + 2 * g < last;
+#pragma unroll
+  for (int b = 0; b < kParts; b++) {
+    uint2 low[kWords], high[kWords];
+    const uint8_t* at = key + 2 * (b * kColumns + 4 * kWords * j);
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      low[w] = key_inside ? *(const uint2*)(at + 8 * w) : make_uint2(0, 0);
+      high[w] = key_inside ? *(const uint2*)(at + 2 * D + 8 * w) : make_uint2(0, 0);
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; w++) mma_bf16(scores[0], low[w].x, high[w].x, low[w].y, high[w].y, q[b][w][0], q[b][w][1]);
+  }
+  finish_scores<1>(scores, args, token, first, last, g);
+  softmax_step<1>(scores, sums);
+  const uint32_t b0 = transpose(pack_bf16(scores[0][0], scores[0][1])), b1 = transpose(pack_bf16(scores[0][2], scores[0][3]));
+#pragma unroll
+  for (int m = 0; m < kParts * kTiles; m++) {
+    uint32_t x[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++)
+      x[t] = token + 4 * j + t < last ? *(const uint32_t*)(value + 2 * (t * D + 16 * m + 2 * g)) : 0u;
+    mma_bf16(sums.out[m], permute(x[0], x[2], 0x5410), permute(x[0], x[2], 0x7632), permute(x[1], x[3], 0x5410),
+             permute(x[1], x[3], 0x7632), b0, b1);
+  }
+}
+
+// Exact tokens [from, to) of a sequence, counted from its first; `slots` are the runs that hold them from token `base` on.
+DEVICE void add_runs(const Args& args, const int* slots, int head, int base, int from, int to, int first,
+                     const uint32_t (&q)[kParts][kWords][2], Sums& sums, int warp, int g, int j) {
+  constexpr int64_t kRunBytes = 2 * Page::run_tokens * D;  // of one head's keys
+  const auto row = [&](int token, int part) {
+    const int at = min(token, to - 1) - base;
+    const int64_t slot = slots[at / Page::run_tokens];
+    return args.pool + slot * args.slot_bytes + args.runs_start + (2 * head + part) * kRunBytes +
+           2 * (int64_t)(at % Page::run_tokens) * D;
+  };
+  for (int token = base + (from - base) / 16 * 16 + 16 * warp; token < to; token += 16 * kWarps)
+    add_exact(row((token + 2 * g), 0), row(token + 4 * j, 1), q, args, token, max(first, from), to, sums, g, j);
+}
+
+DEVICE void load_exact_queries(const uint16_t* q, int num_queries, int g, int j, uint32_t (&out)[kParts][kWords][2]) {
+#pragma unroll
+  for (int b = 0; b < kParts; b++)
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      uint2 x = make_uint2(0, 0);
+      if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
+      out[b][w][0] = x.x, out[b][w][1] = x.y;
+    }
+}
+
+constexpr int kMergeRow = D + 4;  // of a query: its output, then peak and total
+
+// The warps' sums to one output per query in merged [kQueries][kMergeRow], normalised, its weight at [D] as log2.
+DEVICE void merge_warps(Sums& sums, float* shared, float* merged, int warp, int g, int j, int thread) {
+#pragma unroll
+  for (int c = 0; c < 2; c++)
+#pragma unroll
+    for (int lane = 4; lane < 32; lane *= 2) sums.total[c] += __shfl_xor_sync(~0u, sums.total[c], lane);
+  __syncthreads();  // the ring is free
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    float* row = shared + (warp * kQueries + 2 * j + (c & 1)) * kMergeRow;
+#pragma unroll
+    for (int m = 0; m < kParts * kTiles; m++) row[16 * m + 2 * g + c / 2] = sums.out[m][c];
+    if (g == 0 && c < 2) row[D] = sums.peak[c], row[D + 1] = sums.total[c];
+  }
+  __syncthreads();
+  for (int x = thread; x < kQueries * D; x += kThreads) {
+    const int query = x / D, channel = x % D;
+    float peak = -1e30f, total = 0.f, sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) peak = fmaxf(peak, shared[(w * kQueries + query) * kMergeRow + D]);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      const float* row = shared + (w * kQueries + query) * kMergeRow;
+      const float weight = exp2_fast(row[D] - peak);
+      total += weight * row[D + 1];
+      sum += weight * row[channel];
+    }
+    merged[query * kMergeRow + channel] = total > 0.f || total != total ? sum / total : 0.f;
+    if (channel == 0) merged[query * kMergeRow + D] = total > 0.f ? peak + log2f(total) : total != total ? total : -1e30f;
+  }
+  __syncthreads();
+}
+
+// merged [queries][D] in place: back from the Hadamard basis, in blocks of the largest power of two that divides D.
+DEVICE void rotate_back(float* merged, int num_queries, int thread) {
+  constexpr int kBlock = D & -D;
+  for (int half = 1; half < kBlock; half *= 2) {
+    for (int x = thread; x < num_queries * (D / 2); x += kThreads) {
+      const int query = x / (D / 2), pair = x % (D / 2);
+      float* a = merged + query * kMergeRow + pair / half * 2 * half + pair % half;
+      const float low = a[0], high = a[half];
+      a[0] = low + high, a[half] = low - high;
+    }
+    __syncthreads();
+  }
+  const float scale = rsqrtf((float)kBlock);
+  for (int x = thread; x < num_queries * D; x += kThreads) merged[x / D * kMergeRow + x % D] *= scale;
+  __syncthreads();
+}
+
+DEVICE void write_out(const Args& args, int64_t row, const float* merged, int num_queries, int thread) {
+  for (int x = thread; x < num_queries * D; x += kThreads) {
+    const float y = merged[x / D * kMergeRow + x % D];
+    if constexpr (Options::float_out) ((float*)args.out)[row * D + x] = y;
+    else ((uint16_t*)args.out)[row * D + x] = to_bf16(y);
+  }
+}
+
+// Whoever comes last adds up the splits of one (sequence, query tile), in their order. True in that CTA.
+DEVICE bool merge_splits(const Args& args, int64_t row, int64_t tile, int num_splits, int split, float* merged,
+                         int num_queries, int* flag, int thread) {
+  for (int x = thread; x < num_queries * (D + 1); x += kThreads)
+    args.partial[((row + x / (D + 1)) * args.num_splits + split) * (D + 1) + x % (D + 1)] =
+        merged[x / (D + 1) * kMergeRow + x % (D + 1)];
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    const int before = atomicAdd(args.arrived + tile, 1);
+    *flag = before == num_splits - 1;
+    if (*flag) args.arrived[tile] = 0;
+  }
+  __syncthreads();
+  if (!*flag) return false;
+  __threadfence();
+  for (int x = thread; x < num_queries * D; x += kThreads) {
+    const float* rows = args.partial + (row + x / D) * args.num_splits * (D + 1);
+    float peak = -1e30f, total = 0.f, sum = 0.f;
+    for (int i = 0; i < num_splits; i++) peak = fmaxf(peak, __ldcg(rows + i * (D + 1) + D));
+    for (int i = 0; i < num_splits; i++) {
+      const float weight = exp2_fast(__ldcg(rows + i * (D + 1) + D) - peak);
+      total += weight;
+      sum += weight * __ldcg(rows + i * (D + 1) + x % D);
+    }
+    merged[x / D * kMergeRow + x % D] = sum / total;
+  }
+  __syncthreads();
+  return true;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ __align__(8) uint64_t barriers[kStages];
+  __shared__ int flag;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, j = lane % 4;
+  const int query_tiles = (args.group + kQueries - 1) / kQueries;
+  const int head = blockIdx.x / query_tiles, query_tile = blockIdx.x % query_tiles;
+  const int split = blockIdx.y, sequence = blockIdx.z;
+  const int num_queries = min(kQueries, args.group - query_tile * kQueries);
+  const int length = args.lengths[sequence];
+  if (length <= 0) return;  // padding of a captured batch
+
+  const int first_token = Options::window ? max(0, length - args.window) : 0;
+  const int num_sealed = (length - 1) / S, first_page = first_token / S;
+  const int num_splits = max(1, (num_sealed - first_page + args.pages_per_split - 1) / args.pages_per_split);
+  if (split >= num_splits) return;
+  const int begin = first_page + split * args.pages_per_split, end = min(num_sealed, begin + args.pages_per_split);
+  const int* pages = args.page_table + (int64_t)sequence * args.max_pages;
+  const int* open_slots = args.open_slots + (int64_t)sequence * args.max_runs;
+  const int64_t row = ((int64_t)sequence * args.num_heads + head) * args.group + query_tile * kQueries;
+  const uint16_t* q = args.q + row * D;
+
+  Sums sums;
+  sums.clear();
+  if constexpr (!Page::raw) {
+    const auto record_of = [&](int page) {
+      return args.pool + pages[page] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
+    };
+    const auto fill = [&](int step) {  // ask for the records of a step; nothing past the end
+      const int page = begin + step * kPages, stage = step % kStages, count = min(kPages, end - page);
+      uint8_t* to = ring + stage * kPages * Page::record_bytes;
+#if __CUDA_ARCH__ >= 900
+      if (thread == 0 && count > 0) {
+        const uint32_t barrier = shared_address(barriers + stage);
+        ring_expect(barrier, count * Page::record_bytes);
+        for (int i = 0; i < count; i++)
+          ring_copy(shared_address(to + i * Page::record_bytes), record_of(page + i), Page::record_bytes, barrier);
+      }
+#else
+      for (int i = 0; i < count; i++)
+        ring_copy_part(shared_address(to + i * Page::record_bytes), record_of(page + i), Page::record_bytes, thread, kThreads);
+      ring_commit();
+#endif
+    };
+#if __CUDA_ARCH__ >= 900
+    if (thread == 0) {
+#pragma unroll
+      for (int i = 0; i < kStages; i++) ring_init(shared_address(barriers + i));
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+#endif
+    const int num_steps = (end - begin + kPages - 1) / kPages;
+#pragma unroll
+    for (int step = 0; step < kStages; step++) fill(step);
+    Queries queries;
+    queries.load(q, num_queries, g, j);
+    for (int step = 0; step < num_steps; step++) {
+      const int stage = step % kStages;
+#if __CUDA_ARCH__ >= 900
+      ring_wait(shared_address(barriers + stage), step / kStages & 1);
+#else
+      ring_wait_group<kStages - 1>();
+      __syncthreads();
+#endif
+#pragma unroll 1
+      for (int unit = warp; unit < kStageBlocks; unit += kWarps) {
+        const int page = begin + step * kPages + unit / kBlocks, block = unit % kBlocks;
+        if (page >= end) break;
+        const uint8_t* record = ring + (stage * kPages + unit / kBlocks) * Page::record_bytes;
+        float scores[4][4];
+        key_scores(record, block, queries, g, j, scores);
+        const int token = page * S + block * kRows;
+        finish_scores<4>(scores, args, token, max(first_token, Page::sink_tokens), length, g);
+        softmax_step<4>(scores, sums);
+        add_values(record, block, scores, sums, g, j);
+      }
+      __syncthreads();
+      fill(step + kStages);
+    }
+    settle_codes(sums);
+  }
+
+  uint32_t exact_q[kParts][kWords][2];
+  load_exact_queries(q, num_queries, g, j, exact_q);
+  if constexpr (Page::raw) add_runs(args, pages, head, 0, begin * S, end * S, first_token, exact_q, sums, warp, g, j);
+  if (split == num_splits - 1) {
+    add_runs(args, open_slots, head, num_sealed * S, num_sealed * S, length, first_token, exact_q, sums, warp, g, j);
+    if (Page::sink_tokens > 0 && num_sealed > 0 && first_token < Page::sink_tokens && warp == kWarps - 1) {
+      const uint8_t* record = args.pool + pages[0] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
+      const int key = min(2 * g, Page::sink_tokens - 1), value = min(4 * j, Page::sink_tokens - 1);
+      add_exact(record + Keys::sinks + 2 * key * D, record + Values::sinks + 2 * value * D, exact_q, args, 0, first_token,
+                Page::sink_tokens, sums, g, j);
+    }
+  }
+
+  float* shared = (float*)ring;
+  float* merged = shared + kWarps * kQueries * kMergeRow;
+  merge_warps(sums, shared, merged, warp, g, j, thread);
+  if (num_splits > 1) {
+    const int64_t tile = (int64_t)sequence * gridDim.x + blockIdx.x;
+    if (!merge_splits(args, row, tile, num_splits, split, merged, num_queries, &flag, thread)) return;
+  }
+  if constexpr (Values::rotate) rotate_back(merged, num_queries, thread);
+  write_out(args, row, merged, num_queries, thread);
+}
