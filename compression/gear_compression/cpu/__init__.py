@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numba
 
+from gear_compression.paths import cache_dir
+
 
 def _cache_dir() -> Path:
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    base = os.environ.get("GEAR_CACHE_DIR") or Path(home) / "gearserve"
-    return Path(base) / "kernels" / digest
+    return cache_dir() / "kernels" / digest
 
 
 if not os.environ.get("NUMBA_CACHE_DIR"):

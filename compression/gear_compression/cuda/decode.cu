@@ -1,7 +1,7 @@
 // Decode attention straight from GEAR pages: one query token a sequence, codes read into the tensor core.
 //
 // A CTA takes one (sequence, KV head, split of the context) and up to 8 query heads; a warp takes blocks of 64 tokens.
-// Records stream through a two-stage ring in shared memory. Tokens are the rows of the score product and channels
+// Records stream through a ring in shared memory. Tokens are the rows of the score product and channels
 // the rows of the output product, so codes are always the A operand and 8 queries the columns of B. The scale folds
 // into q for keys and into p for values; p never leaves registers. The last CTA of a (sequence, head) to finish merges the
 // splits, in their order, so the same input gives the same bits.
@@ -12,16 +12,24 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kQueries = 8;           // columns of a product
 constexpr int kRows = 64;             // tokens of a block
 constexpr int kBlocks = S / kRows;    // of a page
-constexpr int kPages = kBlocks >= kWarps ? 1 : kWarps / kBlocks;  // pages of a stage
-constexpr int kStageBlocks = kPages * kBlocks;
+// Where a page is one block, warps take turns at pages: on Hopper each stage of the ring has a page, and whoever has read
+// it asks for the next; before, where all threads copy together, a stage has a page for every warp.
+constexpr bool kOnePage = __CUDA_ARCH__ >= 900 || kBlocks >= kWarps;
+constexpr bool kWarpsAlternate = kBlocks < kWarps;
+constexpr int kPages = kOnePage ? 1 : kWarps / kBlocks;  // of a stage
+constexpr int kStages = kOnePage && kWarpsAlternate ? 3 : 2;
 constexpr int kColumns = D % 64 == 0 ? 64 : 32;  // channels of a key block, and rows of a value block
 constexpr int kWords = kColumns / 16;            // of a lane, in a key block's row
 constexpr int kParts = D / kColumns;
 constexpr int kTiles = kColumns / 16;  // of a value block: 16 channels each
-constexpr int kStages = 2;
-constexpr float kQueryWorth = 8.f;     // q is divided by it, so that q * scale stays inside fp16
+constexpr int kMaxSplits = 64;
+// q times its scale must stay inside fp16. Counted scales are subnormals worth 2^-24, so q is lifted there.
+constexpr float kQueryWorth = Keys::scale_bits == 8 ? 0x1p-6f : 8.f;   // of the q in a fragment
+constexpr float kScaledWorth = Keys::scale_bits == 8 ? 0x1p18f : 8.f;  // of its product with a scale
 constexpr float kWeightLog2 = 4.f;     // p is lifted by 2^4, away from fp16's subnormals
+constexpr float kSlack = 4.f;          // p may pass 1 by 2^4 before everything is rescaled
 constexpr float kValueWorth = 16.f;    // p * scale is lifted by it where scales are counted in a unit
+constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
 
 using KeyStrip = Strip<Keys::bits, false>;
 constexpr bool kEvenValues = Values::rank > 0 || Values::outliers > 0;  // exact parts join the sum of the codes
@@ -37,7 +45,7 @@ struct Args {
   const int* lengths;     // [N] tokens, the query's own included
   const uint16_t* q;      // [N, H * group, D] bf16
   void* out;              // the same shape, bf16 or float
-  float* partial;         // [N * H * group, num_splits, D + 1]: output, then log2 of the sum of weights
+  float* partial;         // [N * H * group, num_splits, D] outputs, then [N * H * group, num_splits] log2 of the weights' sums
   int* arrived;           // [N * H * query tiles], zero before and after
   int max_pages, max_runs, num_heads, group, num_splits, pages_per_split, window;
   float scaling, softcap;
@@ -48,21 +56,22 @@ struct Sums {
   float out[kParts * kTiles][4];  // rows: channels 16 i + 2 g and 16 i + 2 g + 1 of a value block
   float offset[4];                // what the codes' zero takes off every channel, in all rows alike
   float peak[2];                  // largest score * log2(e) so far
-  float total[2];                 // of this lane's tokens' weights
+  float total[4];                 // of weights, in all rows alike
 
   DEVICE void clear() {
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.f;
     offset[0] = offset[1] = offset[2] = offset[3] = 0.f;
     peak[0] = peak[1] = -1e30f;
-    total[0] = total[1] = 0.f;
+    total[0] = total[1] = total[2] = total[3] = 0.f;
   }
 };
 
 // Queries as B fragments: column g is query g, and lane j has the channels of its words.
 struct Queries {
   uint32_t f16[kParts][kWords][2];  // / kQueryWorth: channels (0, 2) and (1, 3) of a word's four
-  float sum[2];                     // over all channels, of queries 2 j and 2 j + 1
+  uint32_t bf16[kParts][kWords][2];
+  float sum[2];  // over all channels, of queries 2 j and 2 j + 1
 
   DEVICE void load(const uint16_t* q, int num_queries, int g, int j) {
     float mine = 0.f;
@@ -74,76 +83,68 @@ struct Queries {
         if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
         const Quad quad = quad_of_bf16(x, 1.f / kQueryWorth);
         f16[b][w][0] = quad.even, f16[b][w][1] = quad.odd;
+        if constexpr (Keys::outliers > 0) bf16[b][w][0] = permute(x.x, x.y, 0x5410), bf16[b][w][1] = permute(x.x, x.y, 0x7632);
         mine += low_bf16(x.x) + high_bf16(x.x) + low_bf16(x.y) + high_bf16(x.y);
       }
     mine += __shfl_xor_sync(~0u, mine, 1);
     mine += __shfl_xor_sync(~0u, mine, 2);
-    sum[0] = __shfl_sync(~0u, mine, 8 * j) / kQueryWorth;  // lane 4 (2 j)
-    sum[1] = __shfl_sync(~0u, mine, 8 * j + 4) / kQueryWorth;
+    sum[0] = __shfl_sync(~0u, mine, 8 * j);  // lane 4 (2 j)
+    sum[1] = __shfl_sync(~0u, mine, 8 * j + 4);
   }
 };
 
-// Coefficients q . B of the low-rank factors as the B operand of their product with A: ranks are its rows.
+// The part of q . B that a lane's word of channels adds, for the low-rank factors of the keys. b: channel block, w: word.
+DEVICE void add_coefficients(const uint8_t* record, const Queries& q, int b, int w, int g, int j, float (&x)[4],
+                             bool first) {
+  if constexpr (Keys::factor_bits == 4) {  // rows are ranks 2 g and 2 g + 1
+    constexpr int kPairs = Keys::rank / 2;
+    uint32_t word = 0;
+    if (g < kPairs)
+      word = *(const uint32_t*)(record + Keys::channels_factor + (b * kPairs + g) * kColumns + 4 * kWords * j + 4 * w);
+    const uint32_t y = word >> 8;
+    mma_f16(x, word & 0x000f000fu, word & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, q.f16[b][w][0], q.f16[b][w][1],
+            first);
+  } else {  // row g is rank g
+    uint2 words = make_uint2(0, 0);
+    if (g < Keys::rank)
+      words = *(const uint2*)(record + Keys::channels_factor + 2 * (g * D + b * kColumns + 4 * kWords * j + 4 * w));
+    const Quad a = quad_of_bf16(words, 1.f);
+    mma_f16(x, a.even, 0, a.odd, 0, q.f16[b][w][0], q.f16[b][w][1], first);
+  }
+}
+
+constexpr uint32_t kMiddleF16 = 0xc780c780u;  // -7.5
+
+// Coefficients q . B as the B operand of their product with A: ranks are its rows.
 struct Coefficients {
   uint32_t low, high;
 };
 
-DEVICE Coefficients key_coefficients(const uint8_t* record, const Queries& q, int g, int j) {
-  float x[4] = {0.f, 0.f, 0.f, 0.f};
+DEVICE Coefficients finish_coefficients(const uint8_t* record, const Queries& q, int g, float (&x)[4]) {
   if constexpr (Keys::factor_bits == 4) {
-    constexpr int kPairs = Keys::rank / 2;
-#pragma unroll
-    for (int b = 0; b < kParts; b++) {
-      uint32_t words[kWords];
-#pragma unroll
-      for (int w = 0; w < kWords; w++) words[w] = 0;
-      if (g < kPairs)
-        load_words<kWords>(record + Keys::channels_factor + (b * kPairs + g) * kColumns + 4 * kWords * j, words);
-#pragma unroll
-      for (int w = 0; w < kWords; w++) {
-        const uint32_t y = words[w] >> 8;
-        mma_f16(x, words[w] & 0x000f000fu, words[w] & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, q.f16[b][w][0],
-                q.f16[b][w][1]);
-      }
-    }
     uint32_t scales = 0;  // of ranks 2 g and 2 g + 1
-    if (g < kPairs) scales = *(const uint32_t*)(record + Keys::factor_scale + 4 * g);
+    if (2 * g < Keys::rank) scales = *(const uint32_t*)(record + Keys::factor_scale + 4 * g);
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const float worth = c < 2 ? 16777216.f : 1048576.f;
-      x[c] = (x[c] * worth - 7.5f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
+      x[c] = (x[c] * (worth * kQueryWorth) - 7.5f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
     }
     return {transpose(pack_f16(x[0], x[1])), transpose(pack_f16(x[2], x[3]))};  // ranks (4 j, 4 j + 2), (+ 1, + 3)
   } else {
-#pragma unroll
-    for (int b = 0; b < kParts; b++)
-#pragma unroll
-      for (int w = 0; w < kWords; w++) {
-        uint2 words = make_uint2(0, 0);
-        if (g < Keys::rank)
-          words = *(const uint2*)(record + Keys::channels_factor +
-                                  2 * (g * D + b * kColumns + 4 * kWords * j + 4 * w));
-        const Quad a = quad_of_bf16(words, 1.f);
-        mma_f16(x, a.even, 0, a.odd, 0, q.f16[b][w][0], q.f16[b][w][1]);
-      }
-    return {transpose(pack_f16(x[0], x[1])), 0};  // ranks (2 j, 2 j + 1)
+    return {transpose(pack_f16(x[0] * kQueryWorth, x[1] * kQueryWorth)), 0};  // ranks (2 j, 2 j + 1)
   }
 }
 
-// exact [4][4] += A (q . B) of the block's four tiles.
-DEVICE void add_low_rank_scores(const uint8_t* record, int block, Coefficients x, int g, int j, float (&exact)[4][4]) {
+// exact [4][4] = A (q . B) of the block's four tiles, in units of its codes: those of 4-bit codes, 2^-24 and 2^-20.
+DEVICE void low_rank_scores(const uint8_t* record, int block, Coefficients x, int g, int j, float (&exact)[4][4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int pair = (block * 4 + i) * 8 + g;  // of tokens
     if constexpr (Keys::factor_bits == 4) {
       uint32_t word = 0;
       if (4 * j < Keys::rank) word = *(const uint32_t*)(record + Keys::tokens_factor + pair * Keys::rank + 4 * j);
-      // 64 + code is exact in fp16 with the code at bit 4; minus 71.5 leaves code - 7.5.
-      constexpr uint32_t kMask = 0x00f000f0u, kBase = 0x54005400u, kMiddle = 0x54785478u;
-      const uint32_t a0 = sub_f16(((word << 4) & kMask) | kBase, kMiddle), a1 = sub_f16((word & kMask) | kBase, kMiddle);
-      const uint32_t a2 = sub_f16(((word >> 4) & kMask) | kBase, kMiddle);
-      const uint32_t a3 = sub_f16(((word >> 8) & kMask) | kBase, kMiddle);
-      mma_f16(exact[i], a0, a1, a2, a3, x.low, x.high);
+      const uint32_t y = word >> 8;
+      mma_f16(exact[i], word & 0x000f000fu, word & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, x.low, x.high, true);
     } else {
       uint32_t low = 0, high = 0;
       if (2 * j < Keys::rank) {
@@ -151,13 +152,15 @@ DEVICE void add_low_rank_scores(const uint8_t* record, int block, Coefficients x
         low = *(const uint32_t*)at;
         high = *(const uint32_t*)(at + 2 * Keys::rank);
       }
-      mma_f16(exact[i], pack_f16(low_bf16(low), high_bf16(low)), pack_f16(low_bf16(high), high_bf16(high)), 0, 0, x.low, 0);
+      mma_f16(exact[i], pack_f16(low_bf16(low), high_bf16(low)), pack_f16(low_bf16(high), high_bf16(high)), 0, 0, x.low, 0,
+              true);
     }
   }
 }
 
-// exact [4][4] += the outliers of each channel, added to the tokens they belong to by a product with a one-hot matrix.
-DEVICE void add_outlier_scores(const uint8_t* record, int block, const Queries& q, int g, int j, float (&exact)[4][4]) {
+// outliers [4][4] = those of each channel, added to the tokens they belong to by a product with a one-hot matrix, whose
+// fp16 ones read as 2^-7 in bf16.
+DEVICE void outlier_scores(const uint8_t* record, int block, const Queries& q, int g, int j, float (&outliers)[4][4]) {
 #pragma unroll
   for (int o = 0; o < Keys::outliers; o++)
 #pragma unroll
@@ -167,55 +170,62 @@ DEVICE void add_outlier_scores(const uint8_t* record, int block, const Queries& 
       load_words<kWords>(record + Keys::outlier_index + channel, index);
 #pragma unroll
       for (int w = 0; w < kWords; w++) {
-        const Quad value = quad_of_bf16(*(const uint2*)(record + Keys::outlier_value + 2 * (channel + 4 * w)), 1.f);
-        const uint32_t b0 = mul_f16(q.f16[b][w][0], value.even), b1 = mul_f16(q.f16[b][w][1], value.odd);
+        const uint2 value = *(const uint2*)(record + Keys::outlier_value + 2 * (channel + 4 * w));
+        const uint32_t b0 = mul_bf16(q.bf16[b][w][0], permute(value.x, value.y, 0x5410));
+        const uint32_t b1 = mul_bf16(q.bf16[b][w][1], permute(value.x, value.y, 0x7632));
         const uint32_t even = permute(index[w], 0x64646464u, 0x4240), odd = permute(index[w], 0x64646464u, 0x4341);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const uint32_t low = (0x6400u + block * kRows + 16 * i + 2 * g) * 0x10001u, high = low + 0x10001u;
-          mma_f16(exact[i], equal_f16(even, low), equal_f16(even, high), equal_f16(odd, low), equal_f16(odd, high), b0, b1);
+          mma_bf16(outliers[i], equal_f16(even, low), equal_f16(even, high), equal_f16(odd, low), equal_f16(odd, high), b0,
+                   b1);
         }
       }
     }
 }
 
-// scores [4][4] of a block: tile i has tokens 16 i + 2 g (c 0, 1) and 16 i + 2 g + 1 (c 2, 3), columns are queries.
-DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, int g, int j, float (&scores)[4][4]) {
+// scores [4][4] of a block, times `scaling`: tile i has tokens 16 i + 2 g (c 0, 1) and 16 i + 2 g + 1 (c 2, 3), columns
+// are queries.
+DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float scaling, int g, int j,
+                       float (&scores)[4][4]) {
   constexpr int kGroups = Keys::group_size >= kRows ? 1 : kRows / Keys::group_size;  // in a block
   constexpr int kTilesOfGroup = 4 / kGroups;
   const int first_group = Keys::num_groups == 1 ? 0 : block * kRows / Keys::group_size;
 
-  float exact[4][4] = {}, codes[4][4] = {}, zeros[kGroups][4] = {};
-  if constexpr (Keys::rank > 0) add_low_rank_scores(record, block, key_coefficients(record, q, g, j), g, j, exact);
-  if constexpr (Keys::outliers > 0) add_outlier_scores(record, block, q, g, j, exact);
-
+  float codes[4][4], zeros[kGroups][4], coefficients[2][4];
 #pragma unroll
   for (int b = 0; b < kParts; b++) {
     KeyStrip strips[kWords];
     load_strips<Keys::bits, false, kRows, kWords>(record + Keys::codes, block * kParts + b, S * D / 8, g, j, strips);
+    if constexpr (Keys::rank > 0) {
+#pragma unroll
+      for (int w = 0; w < kWords; w++) add_coefficients(record, q, b, w, g, j, coefficients[w & 1], b == 0 && w < 2);
+    }
 #pragma unroll
     for (int group = 0; group < kGroups; group++) {
       const int row = (first_group + group) * D + b * kColumns + 4 * kWords * j;  // of scales and zeros
 #pragma unroll
       for (int w = 0; w < kWords; w++) {
-        const Quad scale = load_quad<Keys::scale_bits, false>(record + Keys::scale + row * (Keys::scale_bits / 8), w, 1.f);
+        const bool first = b == 0 && w == 0;
+        const Quad scale = load_scales<Keys::scale_bits>(record + Keys::scale + row * (Keys::scale_bits / 8), w);
         const uint32_t b0 = mul_f16(q.f16[b][w][0], scale.even), b1 = mul_f16(q.f16[b][w][1], scale.odd);
         if constexpr (Keys::symmetric) {
-          mma_f16(zeros[group], kOnesF16, 0, kOnesF16, 0, b0, b1);
+          mma_f16(zeros[group], kOnesF16, 0, kOnesF16, 0, b0, b1, first);
         } else {
-          const Quad zero = load_quad<Keys::scale_bits, true>(record + Keys::zero + row * (Keys::scale_bits / 8), w, 1.f);
-          mma_f16(zeros[group], zero.even, 0, zero.odd, 0, q.f16[b][w][0], q.f16[b][w][1]);
+          const Quad zero = load_zeros<Keys::scale_bits>(record + Keys::zero + row * (Keys::scale_bits / 8), w);
+          mma_f16(zeros[group], zero.even, 0, zero.odd, 0, q.f16[b][w][0], q.f16[b][w][1], first);
         }
 #pragma unroll
         for (int i = group * kTilesOfGroup; i < (group + 1) * kTilesOfGroup; i++) {
           uint32_t a[4];
           strips[w].unpack(i, a);
-          mma_f16(codes[i], a[0], a[1], a[2], a[3], b0, b1);
+          mma_f16(codes[i], a[0], a[1], a[2], a[3], b0, b1, first);
         }
       }
     }
   }
-  float scale_unit = kQueryWorth, zero_unit = kQueryWorth;
+
+  float scale_unit = kScaledWorth * scaling, zero_unit = kQueryWorth * scaling;
   if constexpr (Keys::scale_bits == 8) {
     scale_unit *= bf16_at(record + Keys::unit);
     zero_unit *= bf16_at(record + Keys::unit + 2);
@@ -227,24 +237,52 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, int g
     for (int c = 0; c < 4; c++) {
       const float worth = c < 2 ? KeyStrip::low_worth(i) : KeyStrip::high_worth(i);
       // A zero's row is the same in all g, and so is its sum in c 0 and 1.
-      scores[i][c] = codes[i][c] * (worth * scale_unit) + zeros[i / kTilesOfGroup][c & 1] * zero_unit +
-                     exact[i][c] * kQueryWorth;
+      scores[i][c] = codes[i][c] * (worth * scale_unit) + zeros[i / kTilesOfGroup][c & 1] * zero_unit;
     }
+  if constexpr (Keys::rank > 0) {
+    constexpr bool kCoded = Keys::factor_bits == 4;
+    float exact[4][4], middle[4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) coefficients[0][c] += coefficients[1][c];
+    const Coefficients x = finish_coefficients(record, q, g, coefficients[0]);
+    low_rank_scores(record, block, x, g, j, exact);
+    // Codes stand for code - 7.5: what that takes off is the same for all tokens.
+    if constexpr (kCoded) mma_f16(middle, kMiddleF16, kMiddleF16, kMiddleF16, kMiddleF16, x.low, x.high, true);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const float worth = !kCoded ? 1.f : c < 2 ? 16777216.f : 1048576.f;
+        scores[i][c] += exact[i][c] * (worth * scaling);
+        if constexpr (kCoded) scores[i][c] += middle[c & 1] * scaling;
+      }
+  }
+  if constexpr (Keys::outliers > 0) {
+    float outliers[4][4] = {};
+    outlier_scores(record, block, q, g, j, outliers);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) scores[i][c] += outliers[i][c] * (scaling * 128.f);
+  }
 }
 
-// scores [tiles][4] → weights 2^(score - peak + 4); what was summed shrinks where the peak rises.
+// scores [tiles][4] → weights 2^(score - peak + 4). The peak is a largest score of some block before, and stays until
+// one passes it by more than kSlack: then what was summed shrinks.
 template <int TILES>
 DEVICE void softmax_step(float (&scores)[TILES][4], Sums& sums) {
-  float rise[2] = {sums.peak[0], sums.peak[1]};
+  float rise[2] = {kMinusInfinity, kMinusInfinity};
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) rise[c & 1] = fmaxf(rise[c & 1], scores[i][c]);
+  if (__any_sync(~0u, rise[0] > sums.peak[0] + kSlack || rise[1] > sums.peak[1] + kSlack)) {
 #pragma unroll
-  for (int c = 0; c < 2; c++)
+    for (int c = 0; c < 2; c++) {
 #pragma unroll
-    for (int lane = 4; lane < 32; lane *= 2) rise[c] = fmaxf(rise[c], __shfl_xor_sync(~0u, rise[c], lane));
-  if (__any_sync(~0u, rise[0] > sums.peak[0] || rise[1] > sums.peak[1])) {
+      for (int lane = 4; lane < 32; lane *= 2) rise[c] = fmaxf(rise[c], __shfl_xor_sync(~0u, rise[c], lane));
+      rise[c] = fmaxf(rise[c], sums.peak[c]);
+    }
     const float shrink[2] = {exp2_fast(sums.peak[0] - rise[0]), exp2_fast(sums.peak[1] - rise[1])};
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++)
@@ -256,35 +294,37 @@ DEVICE void softmax_step(float (&scores)[TILES][4], Sums& sums) {
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-      scores[i][c] = exp2_fast(scores[i][c] - sums.peak[c & 1] + kWeightLog2);
-      sums.total[c & 1] += scores[i][c];
-    }
+    for (int c = 0; c < 4; c++) scores[i][c] = exp2_fast(scores[i][c] - (sums.peak[c & 1] - kWeightLog2));
 }
 
-// Scores to exponents of 2, capped; tokens outside [first, last) get none. token: of the block's first row.
+constexpr float kLog2e = 1.4426950408889634f;
+
+// What a score is multiplied by before finish_scores: exponents of 2, unless a cap comes between.
+DEVICE float score_scaling(const Args& args) { return Options::softcap ? args.scaling : args.scaling * kLog2e; }
+
+// Caps scores; tokens outside [first, last) get none. token: of the block's first row.
 template <int TILES>
 DEVICE void finish_scores(float (&scores)[TILES][4], const Args& args, int token, int first, int last, int g) {
-  constexpr float kLog2e = 1.4426950408889634f;
+  if (!Options::softcap && token >= first && token + 16 * TILES <= last) return;
+  asm volatile("");  // a branch, not a select for each score: hardly any block needs it
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const int at = token + 16 * i + 2 * g + c / 2;
-      float x = scores[i][c] * args.scaling;
-      if constexpr (Options::softcap) x = args.softcap * tanh_fast(x / args.softcap);
-      scores[i][c] = at >= first && at < last ? x * kLog2e : kMinusInfinity;
+      if constexpr (Options::softcap) scores[i][c] = args.softcap * kLog2e * tanh_fast(scores[i][c] / args.softcap);
+      if (at < first || at >= last) scores[i][c] = kMinusInfinity;
     }
 }
 
 // sums.out += p V of a block; p [4][4] as softmax_step leaves it.
 DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4], Sums& sums, int g, int j) {
-  constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
   uint32_t weights[4][2], scaled[4][2];  // B fragments: rows are tokens 16 i + 4 j + (0, 2) and (1, 3)
+  constexpr uint32_t kTwoTo12F16 = 0x6c006c00u;
   uint32_t unit = 0;
   float zero_unit = 1.f;
   if constexpr (Values::scale_bits == 8) {
-    const float x = bf16_at(record + Values::unit) * kValueWorth;
+    const float x = bf16_at(record + Values::unit) * (kValueWorth * 0x1p12f);
     unit = pack_f16(x, x);
     zero_unit = bf16_at(record + Values::unit + 2);
   }
@@ -294,14 +334,18 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
     weights[i][0] = transpose(pack_f16(p[i][0], p[i][1]));
     weights[i][1] = transpose(pack_f16(p[i][2], p[i][3]));
     const int token = block * kRows + 16 * i + 4 * j;
-    Quad scale = load_quad<Values::scale_bits, false>(record + Values::scale, token / 4, 1.f);
-    if constexpr (Values::scale_bits == 8) scale = {mul_f16(scale.even, unit), mul_f16(scale.odd, unit)};
+    Quad scale = load_scales<Values::scale_bits>(record + Values::scale, token / 4);
+    if constexpr (Values::scale_bits == 8) {  // lifted in two steps, neither of which leaves fp16
+      scale = {mul_f16(scale.even, kTwoTo12F16), mul_f16(scale.odd, kTwoTo12F16)};
+      scale = {mul_f16(scale.even, unit), mul_f16(scale.odd, unit)};
+    }
     scaled[i][0] = mul_f16(weights[i][0], scale.even);
     scaled[i][1] = mul_f16(weights[i][1], scale.odd);
+    mma_f16(sums.total, kOnesF16, kOnesF16, kOnesF16, kOnesF16, weights[i][0], weights[i][1]);
     if constexpr (Values::symmetric) {
-      mma_f16(sums.offset, kOnesF16, 0, kOnesF16, 0, scaled[i][0], scaled[i][1]);
+      mma_f16(sums.offset, kOnesF16, kOnesF16, kOnesF16, kOnesF16, scaled[i][0], scaled[i][1]);
     } else {
-      const Quad zero = load_quad<Values::scale_bits, true>(record + Values::zero, token / 4, 1.f);
+      const Quad zero = load_zeros<Values::scale_bits>(record + Values::zero, token / 4);
       mma_f16(zeros, zero.even, 0, zero.odd, 0, weights[i][0], weights[i][1]);
     }
     if constexpr (Values::rank > 0) {
@@ -318,9 +362,9 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
     ValueStrip strips[4];
     load_strips<Values::bits, kEvenValues, kColumns, 4>(record + Values::codes, block * kParts + b, S * D / 8, g, j, strips);
 #pragma unroll
-    for (int t = 0; t < kTiles; t++)
+    for (int i = 0; i < 4; i++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int t = 0; t < kTiles; t++) {
         uint32_t a[4];
         strips[i].unpack(t, a);
         mma_f16(sums.out[b * kTiles + t], a[0], a[1], a[2], a[3], scaled[i][0], scaled[i][1]);
@@ -369,7 +413,6 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
 
 // From sums of codes to sums of values, all rows alike.
 DEVICE void settle_codes(Sums& sums) {
-  constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
   constexpr float kHalf = 0.5f * ((1 << Values::bits) - 1);
 #pragma unroll
   for (int m = 0; m < kParts * kTiles; m++)
@@ -400,9 +443,13 @@ DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const uint32_t (
 #pragma unroll
     for (int w = 0; w < kWords; w++) mma_bf16(scores[0], low[w].x, high[w].x, low[w].y, high[w].y, q[b][w][0], q[b][w][1]);
   }
+  const float scaling = score_scaling(args);
+#pragma unroll
+  for (int c = 0; c < 4; c++) scores[0][c] *= scaling;
   finish_scores<1>(scores, args, token, first, last, g);
   softmax_step<1>(scores, sums);
   const uint32_t b0 = transpose(pack_bf16(scores[0][0], scores[0][1])), b1 = transpose(pack_bf16(scores[0][2], scores[0][3]));
+  mma_bf16(sums.total, kOnesBf16, kOnesBf16, kOnesBf16, kOnesBf16, b0, b1);
 #pragma unroll
   for (int m = 0; m < kParts * kTiles; m++) {
     uint32_t x[4];
@@ -443,10 +490,6 @@ constexpr int kMergeRow = D + 4;  // of a query: its output, then peak and total
 
 // The warps' sums to one output per query in merged [kQueries][kMergeRow], normalised, its weight at [D] as log2.
 DEVICE void merge_warps(Sums& sums, float* shared, float* merged, int warp, int g, int j, int thread) {
-#pragma unroll
-  for (int c = 0; c < 2; c++)
-#pragma unroll
-    for (int lane = 4; lane < 32; lane *= 2) sums.total[c] += __shfl_xor_sync(~0u, sums.total[c], lane);
   __syncthreads();  // the ring is free
 #pragma unroll
   for (int c = 0; c < 4; c++) {
@@ -501,10 +544,11 @@ DEVICE void write_out(const Args& args, int64_t row, const float* merged, int nu
 
 // Whoever comes last adds up the splits of one (sequence, query tile), in their order. True in that CTA.
 DEVICE bool merge_splits(const Args& args, int64_t row, int64_t tile, int num_splits, int split, float* merged,
-                         int num_queries, int* flag, int thread) {
-  for (int x = thread; x < num_queries * (D + 1); x += kThreads)
-    args.partial[((row + x / (D + 1)) * args.num_splits + split) * (D + 1) + x % (D + 1)] =
-        merged[x / (D + 1) * kMergeRow + x % (D + 1)];
+                         float* weights, int num_queries, int* flag, int thread) {
+  float* partial_weights = args.partial + (int64_t)gridDim.z * args.num_heads * args.group * args.num_splits * D;
+  for (int x = thread; x < num_queries * D; x += kThreads)
+    args.partial[((row + x / D) * args.num_splits + split) * D + x % D] = merged[x / D * kMergeRow + x % D];
+  if (thread < num_queries) partial_weights[(row + thread) * args.num_splits + split] = merged[thread * kMergeRow + D];
   __threadfence();
   __syncthreads();
   if (thread == 0) {
@@ -515,16 +559,33 @@ DEVICE bool merge_splits(const Args& args, int64_t row, int64_t tile, int num_sp
   __syncthreads();
   if (!*flag) return false;
   __threadfence();
-  for (int x = thread; x < num_queries * D; x += kThreads) {
-    const float* rows = args.partial + (row + x / D) * args.num_splits * (D + 1);
-    float peak = -1e30f, total = 0.f, sum = 0.f;
-    for (int i = 0; i < num_splits; i++) peak = fmaxf(peak, __ldcg(rows + i * (D + 1) + D));
+
+  // Each query's weights, a group of 8 lanes a query, so that all loads are under way at once.
+  const int query = thread / 8, lane = thread % 8;
+  static_assert(kThreads == 8 * kQueries);
+  const float* theirs = partial_weights + (row + query) * args.num_splits;
+  float* mine = weights + query * kMaxSplits;
+  const int count = query < num_queries ? num_splits : 0;
+  float peak = -1e30f, total = 0.f;
+  for (int i = lane; i < count; i += 8) peak = fmaxf(peak, mine[i] = __ldcg(theirs + i));
+  __syncwarp();
+  for (int step = 1; step < 8; step *= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
+  for (int i = lane; i < count; i += 8) total += mine[i] = exp2_fast(mine[i] - peak);
+  __syncwarp();
+  for (int step = 1; step < 8; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  for (int i = lane; i < count; i += 8) mine[i] /= total;
+  __syncthreads();
+  for (int x = thread; x < num_queries * (D / 4); x += kThreads) {
+    const int at = x / (D / 4), quad = x % (D / 4);
+    const float4* rows = (const float4*)(args.partial + (row + at) * args.num_splits * D) + quad;
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
     for (int i = 0; i < num_splits; i++) {
-      const float weight = exp2_fast(__ldcg(rows + i * (D + 1) + D) - peak);
-      total += weight;
-      sum += weight * __ldcg(rows + i * (D + 1) + x % D);
+      const float4 y = __ldcg(rows + i * (D / 4));
+      const float weight = weights[at * kMaxSplits + i];
+      sum.x += weight * y.x, sum.y += weight * y.y, sum.z += weight * y.z, sum.w += weight * y.w;
     }
-    merged[x / D * kMergeRow + x % D] = sum / total;
+    *(float4*)(merged + at * kMergeRow + 4 * quad) = sum;
   }
   __syncthreads();
   return true;
@@ -532,7 +593,10 @@ DEVICE bool merge_splits(const Args& args, int64_t row, int64_t tile, int num_sp
 
 extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) uint8_t ring[];
+#if __CUDA_ARCH__ >= 900
   __shared__ __align__(8) uint64_t barriers[kStages];
+  __shared__ int asked[kStages];  // the page that each stage was last asked to hold
+#endif
   __shared__ int flag;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, j = lane % 4;
   const int query_tiles = (args.group + kQueries - 1) / kQueries;
@@ -558,58 +622,79 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
     const auto record_of = [&](int page) {
       return args.pool + pages[page] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
     };
-    const auto fill = [&](int step) {  // ask for the records of a step; nothing past the end
-      const int page = begin + step * kPages, stage = step % kStages, count = min(kPages, end - page);
-      uint8_t* to = ring + stage * kPages * Page::record_bytes;
-#if __CUDA_ARCH__ >= 900
-      if (thread == 0 && count > 0) {
-        const uint32_t barrier = shared_address(barriers + stage);
-        ring_expect(barrier, count * Page::record_bytes);
-        for (int i = 0; i < count; i++)
-          ring_copy(shared_address(to + i * Page::record_bytes), record_of(page + i), Page::record_bytes, barrier);
-      }
-#else
-      for (int i = 0; i < count; i++)
-        ring_copy_part(shared_address(to + i * Page::record_bytes), record_of(page + i), Page::record_bytes, thread, kThreads);
-      ring_commit();
-#endif
+    Queries queries;
+    const auto attend = [&](int page, int block, int place) {  // the record lies at a place of the ring
+      const uint8_t* record = ring + place * Page::record_bytes;
+      float scores[4][4];
+      key_scores(record, block, queries, score_scaling(args), g, j, scores);
+      finish_scores<4>(scores, args, page * S + block * kRows, max(first_token, Page::sink_tokens), length, g);
+      softmax_step<4>(scores, sums);
+      add_values(record, block, scores, sums, g, j);
     };
 #if __CUDA_ARCH__ >= 900
+    const auto fill = [&](int stage, int first, int count) {  // one thread: pages [first, first + count), if any
+      count = min(count, end - first);
+      if (count <= 0) return;
+      const uint32_t barrier = shared_address(barriers + stage);
+      ring_expect(barrier, count * Page::record_bytes);
+      for (int i = 0; i < count; i++)
+        ring_copy(shared_address(ring + (stage * kPages + i) * Page::record_bytes), record_of(first + i),
+                  Page::record_bytes, barrier);
+    };
     if (thread == 0) {
 #pragma unroll
       for (int i = 0; i < kStages; i++) ring_init(shared_address(barriers + i));
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#pragma unroll
+      for (int i = 0; i < kStages; i++) fill(i, begin + i * kPages, kPages), asked[i] = begin + i;
     }
     __syncthreads();
-#endif
-    const int num_steps = (end - begin + kPages - 1) / kPages;
-#pragma unroll
-    for (int step = 0; step < kStages; step++) fill(step);
-    Queries queries;
     queries.load(q, num_queries, g, j);
-    for (int step = 0; step < num_steps; step++) {
-      const int stage = step % kStages;
-#if __CUDA_ARCH__ >= 900
-      ring_wait(shared_address(barriers + stage), step / kStages & 1);
+    if constexpr (kWarpsAlternate) {
+      for (int page = begin + warp; page < end; page += kWarps) {
+        const int stage = (page - begin) % kStages;
+        while (*(volatile int*)(asked + stage) != page) {}  // the other warp reads what was there before
+        ring_wait(shared_address(barriers + stage), (page - begin) / kStages & 1);
+        attend(page, 0, stage);
+        __syncwarp();
+        if (lane == 0) {
+          fill(stage, page + kStages, 1);
+          *(volatile int*)(asked + stage) = page + kStages;
+        }
+      }
+    } else {
+      for (int page = begin; page < end; page++) {
+        const int stage = (page - begin) % kStages;
+        ring_wait(shared_address(barriers + stage), (page - begin) / kStages & 1);
+#pragma unroll 1
+        for (int block = warp; block < kBlocks; block += kWarps) attend(page, block, stage);
+        __syncthreads();
+        if (thread == 0) fill(stage, page + kStages, 1);
+      }
+    }
 #else
+    const auto fill = [&](int stage, int first) {  // all threads; a group is committed even where nothing is left
+      for (int i = 0; i < min(kPages, end - first); i++)
+        ring_copy_part(shared_address(ring + (stage * kPages + i) * Page::record_bytes), record_of(first + i),
+                       Page::record_bytes, thread, kThreads);
+      ring_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages; i++) fill(i, begin + i * kPages);
+    queries.load(q, num_queries, g, j);
+    for (int step = 0; begin + step * kPages < end; step++) {
+      const int stage = step % kStages;
       ring_wait_group<kStages - 1>();
       __syncthreads();
-#endif
 #pragma unroll 1
-      for (int unit = warp; unit < kStageBlocks; unit += kWarps) {
-        const int page = begin + step * kPages + unit / kBlocks, block = unit % kBlocks;
-        if (page >= end) break;
-        const uint8_t* record = ring + (stage * kPages + unit / kBlocks) * Page::record_bytes;
-        float scores[4][4];
-        key_scores(record, block, queries, g, j, scores);
-        const int token = page * S + block * kRows;
-        finish_scores<4>(scores, args, token, max(first_token, Page::sink_tokens), length, g);
-        softmax_step<4>(scores, sums);
-        add_values(record, block, scores, sums, g, j);
+      for (int unit = warp; unit < kPages * kBlocks; unit += kWarps) {
+        const int page = begin + step * kPages + unit / kBlocks;
+        if (page < end) attend(page, unit % kBlocks, stage * kPages + unit / kBlocks);
       }
       __syncthreads();
-      fill(step + kStages);
+      fill(stage, begin + (step + kStages) * kPages);
     }
+#endif
     settle_codes(sums);
   }
 
@@ -631,7 +716,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
   merge_warps(sums, shared, merged, warp, g, j, thread);
   if (num_splits > 1) {
     const int64_t tile = (int64_t)sequence * gridDim.x + blockIdx.x;
-    if (!merge_splits(args, row, tile, num_splits, split, merged, num_queries, &flag, thread)) return;
+    if (!merge_splits(args, row, tile, num_splits, split, merged, shared, num_queries, &flag, thread)) return;
   }
   if constexpr (Values::rotate) rotate_back(merged, num_queries, thread);
   write_out(args, row, merged, num_queries, thread);

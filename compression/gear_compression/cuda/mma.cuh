@@ -5,11 +5,12 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef long long int64_t;
+typedef unsigned long long uint64_t;
 
 #define DEVICE __device__ __forceinline__
 
-constexpr float kMinusInfinity = -__builtin_huge_valf();
-constexpr uint32_t kOnesF16 = 0x3c003c00u;
+#define kMinusInfinity __int_as_float(0xff800000)
+constexpr uint32_t kOnesF16 = 0x3c003c00u, kOnesBf16 = 0x3f803f80u;
 
 DEVICE float exp2_fast(float x) {
   float y;
@@ -70,13 +71,19 @@ DEVICE uint32_t transpose(uint32_t x) {
   return y;
 }
 
-// c [16, 8] += a [16, 16] b [16, 8]. Lane 4 g + j holds: a0 row g, a1 row g + 8, both at columns 2j, 2j + 1; a2, a3 the
+// c [16, 8] += a [16, 16] b [16, 8], or = where it is the `first` product. Lane 4 g + j holds: a0 row g, a1 row g + 8, both at columns 2j, 2j + 1; a2, a3 the
 // same rows at columns 2j + 8, 2j + 9; b0 rows 2j, 2j + 1 and b1 rows 2j + 8, 2j + 9 of column g; c0, c1 row g and
 // c2, c3 row g + 8 at columns 2j, 2j + 1.
-DEVICE void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+DEVICE void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+                    bool first = false) {
+  if (first)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

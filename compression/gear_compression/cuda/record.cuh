@@ -1,6 +1,7 @@
 // Reading a sealed record in tensor-core fragments. `Keys` and `Values` hold the byte offsets of PartLayout, generated
 // from the page layout that this file is compiled for; reference/tiles.py says in which order the codes lie.
 #pragma once
+#include "layout.cuh"
 #include "mma.cuh"
 
 constexpr int D = Page::head_dim;
@@ -13,10 +14,10 @@ template <int BITS, bool EVEN>
 struct Strip {
   uint32_t words[BITS];
 
-  static constexpr float low_worth(int tile) {
+  static DEVICE constexpr float low_worth(int tile) {
     return EVEN || BITS != 2 ? 16777216.f : (tile & 1 ? 1048576.f : 16777216.f);
   }
-  static constexpr float high_worth(int tile) {
+  static DEVICE constexpr float high_worth(int tile) {
     if (EVEN || BITS == 8) return 16777216.f;
     if (BITS == 2) return tile & 1 ? 262144.f : 4194304.f;
     return BITS == 3 ? 4194304.f : 1048576.f;
@@ -34,8 +35,12 @@ struct Strip {
       else pair<0x00f000f0u>(x, a[1], a[3]);
       if (BITS == 5) {
         add<0x00100010u>(shifted(top, 4 - 2 * tile), a[0], a[2]);
-        if (EVEN) add<0x00100010u>(shifted(top, 3 - 2 * tile), a[1], a[3]);
-        else add<0x01000100u>(shifted(top, 7 - 2 * tile), a[1], a[3]);
+        if (EVEN) {
+          add<0x00100010u>(shifted(top, 3 - 2 * tile), a[1], a[3]);
+        } else {  // to bit 8, which for the last byte is bit 32 of a word
+          a[1] |= shifted(top, 7 - 2 * tile) & 0x01000100u;
+          a[3] |= shifted(top >> 8, 7 - 2 * tile) & 0x01000100u;
+        }
       }
     } else {
       const bool move = EVEN || BITS == 3;
@@ -111,8 +116,8 @@ DEVICE void load_strips(const uint8_t* codes, int block, int one_bit_plane, int 
 struct Quad {
   uint32_t even, odd;
 };
-DEVICE Quad quad_of_bytes(uint32_t word) {  // unsigned
-  return {sub_f16(permute(word, 0x64646464u, 0x4240), 0x64006400u), sub_f16(permute(word, 0x64646464u, 0x4341), 0x64006400u)};
+DEVICE Quad quad_of_bytes(uint32_t word) {  // unsigned, as subnormals: worth 2^-24 each
+  return {word & 0x00ff00ffu, (word >> 8) & 0x00ff00ffu};
 }
 DEVICE Quad quad_of_signed_bytes(uint32_t word) {
   const uint32_t lifted = word ^ 0x80808080u;
@@ -122,10 +127,14 @@ DEVICE Quad quad_of_bf16(uint2 words, float times) {
   return {pack_f16(low_bf16(words.x) * times, low_bf16(words.y) * times),
           pack_f16(high_bf16(words.x) * times, high_bf16(words.y) * times)};
 }
-// Entries at [4 n, 4 n + 4) of a row of scales or zeros as stored.
-template <int BITS, bool SIGNED>
-DEVICE Quad load_quad(const uint8_t* row, int n, float times) {
-  if constexpr (BITS == 16) return quad_of_bf16(*(const uint2*)(row + 8 * n), times);
-  const uint32_t word = *(const uint32_t*)(row + 4 * n);
-  return SIGNED ? quad_of_signed_bytes(word) : quad_of_bytes(word);
+// Entries at [4 n, 4 n + 4) of a row of scales, or of zeros, as stored: bf16, or bytes that are counts of a unit.
+template <int BITS>
+DEVICE Quad load_scales(const uint8_t* row, int n) {
+  if constexpr (BITS == 16) return quad_of_bf16(*(const uint2*)(row + 8 * n), 1.f);
+  else return quad_of_bytes(*(const uint32_t*)(row + 4 * n));
+}
+template <int BITS>
+DEVICE Quad load_zeros(const uint8_t* row, int n) {
+  if constexpr (BITS == 16) return quad_of_bf16(*(const uint2*)(row + 8 * n), 1.f);
+  else return quad_of_signed_bytes(*(const uint32_t*)(row + 4 * n));
 }
