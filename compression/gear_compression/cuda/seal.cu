@@ -1,0 +1,411 @@
+// Sealing: exact tokens of full pages to records, the steps of reference/pages.py in the same order.
+//
+// A CTA compresses the keys or the values of one (page, layer, head), so a page never depends on its neighbours. Sums
+// run in another order than in the definition, so a value on the edge between two codes may take the other one; two runs
+// give the same bytes.
+#include "pages.cuh"
+
+constexpr int kThreads = 128;
+constexpr int kStride = D + 2;  // of a token in shared memory: rows and columns are both read without bank conflicts
+constexpr float kTiny = 1e-30f;
+#define ROUNDS 3  // of the subspace iteration, as reference/low_rank.py has them
+
+struct Args {
+  uint8_t* pool;
+  int64_t slot_bytes;
+  int64_t records_start, records_stride;  // of the first layer, and from one layer to the next
+  int64_t runs_start, runs_stride;
+  const uint16_t* keys;    // [T, H, D] bf16: rows of the step
+  const uint16_t* values;  // the same
+  const float* key_start;    // [R, S]: where the subspace iteration begins
+  const float* value_start;
+  PageList pages;
+};
+
+DEVICE float from_bf16(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+DEVICE uint16_t bf16_up(float x) {  // the smallest bf16 that is at least x
+  const uint32_t bits = __float_as_uint(x);
+  return (bits >> 16) + ((bits & 0xffff) != 0 && !(bits >> 31));
+}
+DEVICE uint16_t bf16_down(float x) { return bf16_up(-x) ^ 0x8000; }
+
+DEVICE float block_max(float x, float* scratch) {
+#pragma unroll
+  for (int lane = 1; lane < 32; lane *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  float y = scratch[0];
+#pragma unroll
+  for (int w = 1; w < kThreads / 32; w++) y = fmaxf(y, scratch[w]);
+  return y;
+}
+
+// One part: its matrix in shared memory and what is known of it so far. V vectors of N entries; keys run along tokens.
+template <class Part, bool IS_KEYS>
+struct Sealing {
+  static constexpr int V = Part::num_vectors, N = Part::vector_len, R = Part::rank, G = Part::num_groups;
+  static constexpr int kRank = R > 0 ? R : 1;
+  static constexpr int O = Part::outliers;
+  static constexpr float kLevels = (1 << Part::bits) - 1;
+
+  uint16_t* x;     // [S, kStride] bf16
+  float* a;        // [S, R]: factors of the tokens, then as they read back
+  float* b;        // [D, R]
+  float* scale;    // [G, V], first the largest entry
+  float* zero;     // [G, V], first the smallest
+  uint8_t* index;  // [V, O]: outliers
+  float* scratch;  // [32]
+  uint8_t* record;
+  int num_sinks;
+
+  DEVICE Sealing(uint8_t* shared, uint8_t* to, int sinks) : record(to), num_sinks(sinks) {
+    a = (float*)shared;  // 16-byte aligned where R is a multiple of 4
+    b = a + S * R;
+    scale = b + D * R;
+    zero = scale + G * V;
+    scratch = zero + G * V;
+    x = (uint16_t*)(scratch + 32);
+    index = (uint8_t*)(x + S * kStride);
+  }
+
+  DEVICE static int token_of(int v, int i) { return IS_KEYS ? i : v; }
+  DEVICE static int channel_of(int v, int i) { return IS_KEYS ? v : i; }
+  DEVICE float exact(int token, int channel) const { return from_bf16(x[token * kStride + channel]); }
+  DEVICE bool is_outlier(int v, int i) const {
+    bool found = false;
+#pragma unroll
+    for (int o = 0; o < O; o++) found |= index[v * O + o] == i;
+    return found;
+  }
+  DEVICE int code_of(float rest, int v, int i) const {
+    const int at = i / Part::group_size * V + v;
+    return (int)fminf(fmaxf(rintf((rest - zero[at]) / scale[at]), 0.f), kLevels);
+  }
+  DEVICE float dequantized(int code, int v, int i) const {
+    const int at = i / Part::group_size * V + v;
+    return code * scale[at] + zero[at];
+  }
+  // A vector's own factors, read once; those of its entries are the other matrix's rows.
+  DEVICE void own_factors(int v, float (&own)[kRank]) const {
+#pragma unroll
+    for (int r = 0; r < R; r++) own[r] = (IS_KEYS ? b : a)[v * R + r];
+  }
+  DEVICE float product(int i, const float (&own)[kRank]) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int r = 0; r < R; r++) sum += own[r] * (IS_KEYS ? a : b)[i * R + r];
+    return sum;
+  }
+  // What the codes are computed from.
+  DEVICE float rest(int v, int i, const float (&own)[kRank]) const {
+    float y = exact(token_of(v, i), channel_of(v, i));
+    if (R > 0 && Part::low_rank_first) y -= product(i, own);
+    return y;
+  }
+  // What the factors are fitted to: the matrix, or what its codes miss; nothing at sinks and outliers.
+  DEVICE float target(int token, int channel) const {
+    const int v = IS_KEYS ? channel : token, i = IS_KEYS ? token : channel;
+    if (token < num_sinks || (O > 0 && is_outlier(v, i))) return 0.f;
+    float y = exact(token, channel);
+    if (!Part::low_rank_first) y -= dequantized(code_of(y, v, i), v, i);
+    return y;
+  }
+
+  DEVICE void select_outliers() {  // o / 2 smallest, then o / 2 largest; of equals the earlier counts as smaller
+    for (int v = threadIdx.x; v < V; v += kThreads)
+#pragma unroll
+      for (int o = 0; o < O; o++) {
+        float best = 0.f;
+        int at = -1;
+        for (int i = IS_KEYS ? num_sinks : 0; i < N; i++) {
+          bool taken = false;
+#pragma unroll
+          for (int p = 0; p < o; p++) taken |= index[v * O + p] == i;
+          const float y = exact(token_of(v, i), channel_of(v, i));
+          if (!taken && (at < 0 || (o < O / 2 ? y < best : y >= best))) best = y, at = i;
+        }
+        index[v * O + o] = at;
+      }
+    __syncthreads();
+  }
+
+  // Columns of a [S, R] made orthogonal and of length 1, by the first warp; twice is enough.
+  DEVICE void orthonormalize() {
+    constexpr int kPer = (S + 31) / 32;
+    if (threadIdx.x < 32) {
+      const int lane = threadIdx.x;
+      float column[kRank][kPer];
+#pragma unroll
+      for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int k = 0; k < kPer; k++) column[r][k] = lane + 32 * k < S ? a[(lane + 32 * k) * R + r] : 0.f;
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        const float size = sqrtf(dot(column[r], column[r]));
+#pragma unroll
+        for (int pass = 0; pass < 2; pass++) {
+          float overlap[kRank];
+#pragma unroll
+          for (int e = 0; e < r; e++) overlap[e] = dot(column[e], column[r]);
+#pragma unroll
+          for (int e = 0; e < r; e++)
+#pragma unroll
+            for (int k = 0; k < kPer; k++) column[r][k] -= overlap[e] * column[e][k];
+        }
+        const float left = sqrtf(dot(column[r], column[r]));
+        const float times = left <= 1e-5f * size ? 0.f : 1.f / fmaxf(left, kTiny);
+#pragma unroll
+        for (int k = 0; k < kPer; k++) column[r][k] *= times;
+      }
+#pragma unroll
+      for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int k = 0; k < kPer; k++)
+          if (lane + 32 * k < S) a[(lane + 32 * k) * R + r] = column[r][k];
+    }
+    __syncthreads();
+  }
+  template <int COUNT>
+  DEVICE static float dot(const float (&p)[COUNT], const float (&q)[COUNT]) {
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) sum += p[k] * q[k];
+#pragma unroll
+    for (int lane = 1; lane < 32; lane *= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+    return sum;
+  }
+
+  DEVICE void project(float times) {  // b = times * targetᵀ a
+    for (int channel = threadIdx.x; channel < D; channel += kThreads) {
+      float sum[kRank] = {};
+      for (int token = 0; token < S; token++) {
+        const float y = target(token, channel) * times;
+#pragma unroll
+        for (int r = 0; r < R; r++) sum[r] += y * a[token * R + r];
+      }
+#pragma unroll
+      for (int r = 0; r < R; r++) b[channel * R + r] = sum[r];
+    }
+    __syncthreads();
+  }
+
+  // a bᵀ ≈ target by subspace iteration from a fixed start; a orthonormal.
+  DEVICE void fit(const float* start) {
+    float largest = kTiny;
+    for (int at = threadIdx.x; at < S * D; at += kThreads) largest = fmaxf(largest, fabsf(target(at / D, at % D)));
+    largest = block_max(largest, scratch);
+    const float times = 1.f / largest;
+    for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] = start[at % R * S + at / R];
+    __syncthreads();
+    orthonormalize();
+    for (int round = 0; round < ROUNDS; round++) {
+      project(times);
+      for (int token = threadIdx.x; token < S; token += kThreads) {
+        float sum[kRank] = {};
+        for (int channel = 0; channel < D; channel++) {
+          const float y = target(token, channel) * times;
+#pragma unroll
+          for (int r = 0; r < R; r++) sum[r] += y * b[channel * R + r];
+        }
+#pragma unroll
+        for (int r = 0; r < R; r++) a[token * R + r] = sum[r];
+      }
+      __syncthreads();
+      orthonormalize();
+    }
+    project(1.f);
+  }
+
+  DEVICE void store_factors() {
+    if constexpr (Part::factor_bits == 16) {
+      for (int at = threadIdx.x; at < S * R; at += kThreads) {
+        const uint16_t y = to_bf16(a[at]);
+        a[at] = from_bf16(y);
+        ((uint16_t*)(record + Part::tokens_factor))[IS_KEYS ? at : at % R * S + at / R] = y;
+      }
+      for (int at = threadIdx.x; at < D * R; at += kThreads) {
+        const uint16_t y = to_bf16(b[at]);
+        b[at] = from_bf16(y);
+        ((uint16_t*)(record + Part::channels_factor))[at % R * D + at / R] = y;
+      }
+    } else {  // symmetric codes of 4 bits, one scale a column
+      constexpr float kHalf = 7.5f;
+      for (int r = threadIdx.x / 32; r < R; r += kThreads / 32) {
+        const int lane = threadIdx.x % 32;
+        float a_most = 0.f, b_most = 0.f;
+        for (int token = lane; token < S; token += 32) a_most = fmaxf(a_most, fabsf(a[token * R + r]));
+        for (int channel = lane; channel < D; channel += 32) b_most = fmaxf(b_most, fabsf(b[channel * R + r]));
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+          a_most = fmaxf(a_most, __shfl_xor_sync(~0u, a_most, step));
+          b_most = fmaxf(b_most, __shfl_xor_sync(~0u, b_most, step));
+        }
+        const float a_scale = fmaxf(a_most / kHalf, kTiny), b_scale = fmaxf(b_most / kHalf, kTiny);
+        const uint16_t stored = bf16_up(fmaxf(a_scale * b_scale, kTiny));
+        if (lane == 0) ((uint16_t*)(record + Part::factor_scale))[r] = stored;
+        for (int token = lane; token < S; token += 32) {
+          float& y = a[token * R + r];
+          y = fminf(fmaxf(rintf(y / a_scale + kHalf), 0.f), 15.f);
+        }
+        for (int channel = lane; channel < D; channel += 32) {
+          float& y = b[channel * R + r];
+          y = fminf(fmaxf(rintf(y / b_scale + kHalf), 0.f), 15.f);
+        }
+        scratch[r] = from_bf16(stored);
+      }
+      __syncthreads();
+      for (int at = threadIdx.x; at < S / 2 * R; at += kThreads) {  // two tokens by rank
+        const int pair = at / R, r = at % R;
+        record[Part::tokens_factor + at] = (int)a[2 * pair * R + r] | (int)a[(2 * pair + 1) * R + r] << 4;
+      }
+      for (int at = threadIdx.x; at < R / 2 * D; at += kThreads) {  // two ranks by channel, in blocks of channels
+        const int block = at / (R / 2 * kColumns), pair = at / kColumns % (R / 2), channel = block * kColumns + at % kColumns;
+        record[Part::channels_factor + at] = (int)b[channel * R + 2 * pair] | (int)b[channel * R + 2 * pair + 1] << 4;
+      }
+      __syncthreads();
+      for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] -= kHalf;
+      for (int at = threadIdx.x; at < D * R; at += kThreads) b[at] = (b[at] - kHalf) * scratch[at % R];
+    }
+    __syncthreads();
+  }
+
+  // Ranges of what is kept, rounded to stored zeros and scales: zeros down, scales up.
+  DEVICE void store_scales() {
+    for (int v = threadIdx.x; v < V; v += kThreads) {
+      float own[kRank];
+      own_factors(v, own);
+      for (int group = 0; group < G; group++) {
+        float low = 0.f, high = 0.f;
+        bool found = false;
+        for (int i = group * Part::group_size; i < (group + 1) * Part::group_size; i++) {
+          if (token_of(v, i) < num_sinks || (O > 0 && is_outlier(v, i))) continue;
+          const float y = rest(v, i, own);
+          low = found ? fminf(low, y) : y;
+          high = found ? fmaxf(high, y) : y;
+          found = true;
+        }
+        zero[group * V + v] = low, scale[group * V + v] = high;
+      }
+    }
+    __syncthreads();
+    float most = 0.f;
+    for (int at = threadIdx.x; at < G * V; at += kThreads) most = fmaxf(most, fabsf(zero[at]));
+    uint16_t zero_unit = 0, scale_unit = 0;
+    if (Part::scale_bits == 8 && !Part::symmetric) zero_unit = bf16_up(fmaxf(block_max(most, scratch) / 127.f, kTiny));
+    most = 0.f;
+    for (int at = threadIdx.x; at < G * V; at += kThreads) {
+      if (Part::symmetric) {
+        scale[at] = fmaxf(scale[at], -zero[at]) * (2.f / kLevels);
+      } else {
+        if (Part::scale_bits == 16) {
+          const uint16_t stored = bf16_down(zero[at]);
+          ((uint16_t*)(record + Part::zero))[at] = stored;
+          zero[at] = from_bf16(stored);
+        } else {
+          const float unit = from_bf16(zero_unit);
+          const float count = fminf(fmaxf(floorf(zero[at] / unit), -128.f), 127.f);
+          ((signed char*)(record + Part::zero))[at] = (signed char)count;
+          zero[at] = count * unit;
+        }
+        scale[at] = (scale[at] - zero[at]) / kLevels;
+      }
+      most = fmaxf(most, scale[at]);
+    }
+    if (Part::scale_bits == 8) scale_unit = bf16_up(fmaxf(block_max(most, scratch) / 255.f, kTiny));
+    for (int at = threadIdx.x; at < G * V; at += kThreads) {
+      if (Part::scale_bits == 16) {
+        const uint16_t stored = bf16_up(fmaxf(scale[at], kTiny));
+        ((uint16_t*)(record + Part::scale))[at] = stored;
+        scale[at] = from_bf16(stored);
+      } else {
+        const float unit = from_bf16(scale_unit);
+        const float count = fminf(fmaxf(ceilf(scale[at] / unit), 1.f), 255.f);
+        record[Part::scale + at] = (uint8_t)count;
+        scale[at] = count * unit;
+      }
+      if (Part::symmetric) zero[at] = scale[at] * (-kLevels * 0.5f);
+    }
+    if (Part::scale_bits == 8 && threadIdx.x == 0) {
+      ((uint16_t*)(record + Part::unit))[0] = scale_unit;
+      ((uint16_t*)(record + Part::unit))[1] = zero_unit;
+    }
+    __syncthreads();
+  }
+
+  DEVICE void store_codes() {  // a thread takes a vector: for keys a column of tiles, for values a column too
+    constexpr int kRows = IS_KEYS ? 64 : kColumns, kCodes = kRows / 8;
+    constexpr int kAcross = IS_KEYS ? kColumns : 64;  // columns of a block
+    for (int v = threadIdx.x; v < V; v += kThreads) {
+      float own[kRank];
+      own_factors(v, own);
+      for (int block = 0; block < N / kRows; block++)
+        for (int g = 0; g < 8; g++) {
+          int codes[kCodes];
+#pragma unroll
+          for (int u = 0; u < kCodes; u++) {
+            const int i = block * kRows + tile_row(u, g);
+            codes[u] = code_of(rest(v, i, own), v, i);
+          }
+          const int token_block = IS_KEYS ? block : v / 64, channel_block = IS_KEYS ? v / kColumns : block;
+          const int column = IS_KEYS ? v % kColumns : turned(v % 64);
+          each_code_byte<Part::bits, kRows>(codes, token_block * (D / kColumns) + channel_block, kAcross, g, column,
+                                            [&](int at, int byte, int, int, int) { record[Part::codes + at] = byte; });
+        }
+    }
+  }
+
+  DEVICE void store_outliers() {  // what is still missing there
+    for (int at = threadIdx.x; at < V * O; at += kThreads) {
+      const int v = at % V, o = at / V, i = index[v * O + o];
+      float own[kRank];
+      own_factors(v, own);
+      const float y = rest(v, i, own);
+      float missing = y - dequantized(code_of(y, v, i), v, i);
+      if (R > 0 && !Part::low_rank_first) missing -= product(i, own);
+      ((uint16_t*)(record + Part::outlier_value))[at] = to_bf16(missing);
+      record[Part::outlier_index + at] = index[v * O + o];
+    }
+  }
+
+  DEVICE void run(const float* start) {
+    if constexpr (O > 0) select_outliers();
+    if constexpr (R > 0 && Part::low_rank_first) fit(start), store_factors();
+    store_scales();
+    store_codes();
+    if constexpr (R > 0 && !Part::low_rank_first) fit(start), store_factors();
+    if constexpr (O > 0) store_outliers();
+  }
+};
+
+template <class Part, bool IS_KEYS>
+DEVICE void seal_part(const Args& args, uint8_t* shared, int page, int layer, int head) {
+  const int64_t slot = args.pages.slots[page];
+  uint8_t* record = args.pool + slot * args.slot_bytes + args.records_start + layer * args.records_stride +
+                    (int64_t)head * Page::record_bytes;
+  const int num_sinks = args.pages.is_first[page] ? Page::sink_tokens : 0;
+  Sealing<Part, IS_KEYS> sealing(shared, record, num_sinks);
+  const int64_t runs_start = args.runs_start + layer * args.runs_stride;
+  const uint16_t* rows = IS_KEYS ? args.keys : args.values;
+  for (int at = threadIdx.x; at < S * (D / 2); at += kThreads) {
+    const int token = at / (D / 2), pair = at % (D / 2);
+    const uint16_t* from =
+        exact_token(args.pool, args.slot_bytes, runs_start, rows, args.pages, page, head, IS_KEYS ? 0 : 1, token);
+    uint32_t y = *(const uint32_t*)(from + 2 * pair);
+    if (token < Page::sink_tokens)  // room that every page has
+      *(uint32_t*)(record + Part::sinks + 2 * (token * D + 2 * pair)) = token < num_sinks ? y : 0u;
+    if (token < num_sinks) y = 0;  // exact elsewhere: they must not weigh in the statistics
+    *(uint32_t*)(sealing.x + token * kStride + 2 * pair) = y;
+  }
+  __syncthreads();
+  sealing.run(IS_KEYS ? args.key_start : args.value_start);
+}
+
+// Grid (pages, layers, 2 * heads).
+extern "C" __global__ void __launch_bounds__(kThreads) seal(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int page = blockIdx.x, layer = blockIdx.y, head = blockIdx.z / 2;
+  if (args.pages.slots[page] < 0) return;
+  if (blockIdx.z % 2 == 0) seal_part<Keys, true>(args, shared, page, layer, head);
+  else seal_part<Values, false>(args, shared, page, layer, head);
+}
