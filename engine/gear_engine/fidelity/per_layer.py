@@ -13,18 +13,21 @@ from gear_compression.reference.pages import compress_part, decompress_part
 from gear_compression.reference.rotation import hadamard
 from gear_engine.fidelity.subjects import Subject
 
+MAX_TOKENS = 2048  # the exact model's keys and values of a long text would fill the memory
+
 
 @dataclass(frozen=True, slots=True)
 class PartErrors:
-    """Of the keys or the values of one layer, X [S, D] over all sampled pages and heads together.
+    """Of the keys or the values of one layer: X as the exact model has it, X̂ as it reads back, E = X − X̂.
 
-    With ‖·‖² summed over them, E = X − X̂ the error of the format as it is, and E₀ the error of the same format
-    without the part in question (rank 0, or no outliers):
+    Every ‖·‖² is a sum over all sampled pages and heads. What a part removes is a share of the error's energy,
+    1 − ‖E‖² ÷ ‖E₀‖², where E₀ is the error of the same format without that part. So it means the same whether low
+    rank is fitted to X or to what the codes leave; negative would say that the part does harm.
     """
 
     error: float  # ‖E‖ ÷ ‖X‖
-    low_rank_removes: float | None  # 1 − ‖E‖² ÷ ‖E₀‖², the share of the error's energy; None: the format has none
-    outliers_remove: float | None  # likewise
+    low_rank_removes: float | None  # E₀: rank 0; None: the format has none
+    outliers_remove: float | None  # E₀: no outliers
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ def parts_of(config: GearConfig, layer: int) -> tuple[PartConfig, PartConfig]:
 
 
 def exact_pages(exact: Subject, text: list[int]) -> Tensor:
-    """[L, H, 2, T, D] float32: keys (after RoPE) and values of the text as far as it fills raw pages."""
-    pages = exact.raw_pages(text).float()  # [P, L, H, 2, S, D]
+    """[L, H, 2, T, D] float32: keys (after RoPE) and values of the text's beginning, as far as it fills raw pages."""
+    pages = exact.raw_pages(text[:MAX_TOKENS]).float()  # [P, L, H, 2, S, D]
     return pages.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
 
 
@@ -96,8 +99,3 @@ def _squared_error(x: Tensor, part: PartConfig, is_keys: bool, sink_tokens: int,
     stored = compress_part(open_page, part, is_keys, sink_tokens, is_first)
     back = decompress_part(stored, is_keys, sink_tokens if is_first else 0)
     return float((back - x).square().sum())
-
-
-def worst(errors: list[LayerErrors]) -> tuple[LayerErrors, LayerErrors]:
-    """The layers with the largest error of the keys and of the values."""
-    return max(errors, key=lambda layer: layer.keys.error), max(errors, key=lambda layer: layer.values.error)

@@ -199,4 +199,4 @@ def plot(report: Report, file: Path) -> None:
         title=f"{report.model}, {report.num_positions:,} positions",
     )
     axes.grid(alpha=0.3)
-    figure.savefig(file)
+    figure.savefig(file, format="png")  # whatever the file is called

@@ -83,8 +83,8 @@ def run(request: Request) -> Report:
     """
     folder = model_folder(request.model)
     loaded = load_model(folder, "cpu", torch.float32)
-    others = subjects(loaded, request.presets or all_names())
-    others += [subject for name in request.ablation for subject in ablation_subjects(loaded, name)]
+    others = subjects(loaded, list(dict.fromkeys(request.presets)) or all_names())
+    others += [subject for name in dict.fromkeys(request.ablation) for subject in ablation_subjects(loaded, name)]
     inputs = _inputs(request, loaded, folder, max(subject.layout.page_size for subject in others))
     exact, floor = exact_subject(loaded, EXACT), exact_subject(bf16_copy(loaded), FLOOR)
 
