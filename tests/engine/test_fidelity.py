@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from gear_compression.config import ConfigError, PartConfig
+from gear_compression.config import ConfigError, GearConfig, LayerConfig, PartConfig, write_preset
 from gear_engine.fidelity.cli import app
 from gear_engine.fidelity.free_running import first_divergence, free_run, loop_period, prompt_tokens, summary
 from gear_engine.fidelity.per_layer import errors_by_layer, exact_pages, part_errors
 from gear_engine.fidelity.report import Report, plot
 from gear_engine.fidelity.retrieval import DEPTHS, Scores, haystacks, retrieve
 from gear_engine.fidelity.run import Inputs, measure
-from gear_engine.fidelity.subjects import ablation_subjects, exact_subject, subjects
+from gear_engine.fidelity.subjects import ablation_subjects, exact_subject, format_subject, subjects
 from gear_engine.fidelity.teacher_forced import compare
 from gear_engine.fidelity.texts import TextError, cut, default_text
 from gear_engine.model_loader import LoadedModel, load_model
@@ -203,6 +203,18 @@ def test_errors_of_all_layers_grow_with_compression(tiny: LoadedModel) -> None:
     assert found["max-compression"][0].keys.low_rank_removes is None
 
 
+def test_a_layer_with_a_format_of_its_own_has_an_error_of_its_own(tiny: LoadedModel) -> None:
+    own = LayerConfig(layer=1, keys=PartConfig(bits=8, rank=2), values=PartConfig(bits=8))
+    config = GearConfig(keys=PartConfig(bits=2), values=PartConfig(bits=2), layers=(own,))
+    subject = format_subject(tiny, "tuned", config)
+    kv = exact_pages(exact_subject(tiny, "exact"), TEXT)
+    plain, fine = dict(errors_by_layer([subject], kv, lambda name: None))["tuned"]
+    assert fine.keys.error < plain.keys.error / 10
+    assert fine.values.error < plain.values.error / 10
+    assert plain.keys.low_rank_removes is None
+    assert fine.keys.low_rank_removes > 0
+
+
 def test_the_exact_pages_are_what_attention_reads(tiny: LoadedModel) -> None:
     """Layer 0's values are a linear map of the embeddings: no rotation, no other layer, no mixed-up order."""
     kv = exact_pages(exact_subject(tiny, "exact"), TEXT)
@@ -226,13 +238,18 @@ def test_low_rank_removes_nearly_all_of_a_low_rank_matrix_and_little_of_noise(fi
     assert part_errors([(low, False)], part, True, 0).outliers_remove is None
 
 
-def test_an_ablation_takes_the_parts_away_one_by_one(tiny: LoadedModel) -> None:
+def test_an_ablation_takes_the_parts_away_one_by_one(tiny: LoadedModel, tmp_path: Path) -> None:
     rows = ablation_subjects(tiny, "gear-4bit")
     assert [subject.name.removeprefix("gear-4bit: ") for subject in rows] == [
         "codes", "codes + outliers", "codes + low rank", "all",
     ]  # fmt: skip
     assert rows[0].bits_per_element < rows[1].bits_per_element < rows[3].bits_per_element
     assert len(ablation_subjects(tiny, "near-lossless")) == 2
+    own = LayerConfig(layer=0, keys=PartConfig(rank=4), values=PartConfig(rank=4))
+    write_preset(GearConfig(layers=(own,)), tmp_path / "tuned.json")
+    codes, low_rank = ablation_subjects(tiny, str(tmp_path / "tuned.json"))
+    assert codes.layout.config.parts(0) == (PartConfig(), PartConfig())
+    assert low_rank.layout.config.parts(0) == (own.keys, own.values)
     with pytest.raises(ConfigError, match="codes alone"):
         ablation_subjects(tiny, "balanced")
 

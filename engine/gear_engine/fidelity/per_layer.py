@@ -37,11 +37,6 @@ class LayerErrors:
     values: PartErrors
 
 
-def parts_of(config: GearConfig, layer: int) -> tuple[PartConfig, PartConfig]:
-    """How a layer's keys and values are stored."""
-    return config.keys, config.values
-
-
 def exact_pages(exact: Subject, text: list[int]) -> Tensor:
     """[L, H, 2, T, D] float32: keys (after RoPE) and values of the text's beginning, as far as it fills raw pages."""
     pages = exact.raw_pages(text[:MAX_TOKENS]).float()  # [P, L, H, 2, S, D]
@@ -71,7 +66,7 @@ def layer_errors(kv: Tensor, config: GearConfig, layer: int) -> LayerErrors:
             which == 0,
             config.sink_tokens,
         )
-        for which, part in enumerate(parts_of(config, layer))
+        for which, part in enumerate(config.parts(layer))
     ]
     return LayerErrors(layer, *both)
 

@@ -140,8 +140,16 @@ def ablation_subjects(loaded: LoadedModel, name: str) -> list[Subject]:
 
 
 def _without(config: GearConfig, knob: Literal["rank", "outliers"]) -> GearConfig:
+    """The same format without that part, in every layer."""
     zero: dict[str, Any] = {knob: 0}
-    return replace(config, keys=replace(config.keys, **zero), values=replace(config.values, **zero))
+    return replace(
+        config,
+        keys=replace(config.keys, **zero),
+        values=replace(config.values, **zero),
+        layers=tuple(
+            replace(own, keys=replace(own.keys, **zero), values=replace(own.values, **zero)) for own in config.layers
+        ),
+    )
 
 
 def all_names() -> list[str]:
