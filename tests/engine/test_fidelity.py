@@ -293,7 +293,7 @@ def test_a_whole_run_writes_all_parts(folder: Path, tmp_path: Path) -> None:
         assert row["retrieval"]["by_length"][0]["tokens"] == 512
     assert len(report["rows"][0]["per_layer"]) == 2
     assert report["exact"]["per_layer"] is None
-    for title in ("positions in 1 texts", "Retrieval: 5 facts", "Sealed pages", "Free-running: 6 prompts"):
+    for title in ("positions in 1 text of 600", "Retrieval: 5 facts", "Sealed pages", "Free-running: 6 prompts"):
         assert title in result.stdout
     assert "near-lossless, with" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80

@@ -70,8 +70,9 @@ def _table(title: str, caption: str, headings: tuple[str, ...], rows: Iterable[t
 
 def _main_table(report: Report, rows: Rows) -> Group:
     floor = report.noise_floor.get("kl_mean", 0.0)
+    texts = "1 text" if report.num_texts == 1 else f"{report.num_texts} texts"
     return _table(
-        f"{report.model}, {report.num_positions:,} positions in {report.num_texts} texts of {report.context} tokens",
+        f"{report.model}, {report.num_positions:,} positions in {texts} of {report.context} tokens",
         f"Noise floor, bf16 weights against float32: KL {floor:.4f}. Less reads as zero.\n"
         f"Top-1: same likeliest token. Smaller: than bf16, open pages included,\n"
         f"a sequence of {' and '.join(map(str, EFFECTIVE_AT))} tokens.",
@@ -108,7 +109,7 @@ def _retrieval_table(report: Report, rows: Rows) -> Group:
         ]
 
     return _table(
-        f"Retrieval: {exact['num_answers']} facts hidden in text of {' or '.join(lengths)} tokens",
+        f"Retrieval: {exact['num_answers']} facts hidden in text of {', '.join(lengths)} tokens",
         f"Log-probability of an answer's tokens, nats, less the exact model's {exact['logprob_mean']:.3f}.\n"
         f"Found: each of its tokens was the likeliest; exact model {_percent(exact['found_share'])}.",
         ("cache", "found", *lengths, "worst depth"),
@@ -130,7 +131,8 @@ def _layer_table(report: Report, rows: Rows) -> Group:
         return errors + removed
 
     return _table(
-        "Sealed pages: error of a layer in % of its norm, mean and worst layer",
+        "Sealed pages: error of a layer in % of its norm",
+        "Mean over layers; the worst, and the layer it is in, counted from 0.\n"
         "Low rank, outliers: % of the squared error that the part removes, keys / values.",
         ("cache", "keys", "worst", "values", "worst", "low rank", "outliers"),
         [(label, *(cells(row) if row else ())) for label, row in rows],
