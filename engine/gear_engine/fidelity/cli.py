@@ -4,6 +4,7 @@ The real page format runs through the engine's own attention, against the uncomp
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,36 +22,65 @@ def fidelity(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of each text.", min=64)] = 2048,
     num_texts: Annotated[int, typer.Option(help="Texts, spread over all there is.", min=1)] = 4,
+    ablation: Annotated[
+        list[str] | None, typer.Option(help="Also this preset with its parts taken away; may be repeated.")
+    ] = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens to write freely after each fixed prompt; 0 leaves that out.", min=0)
+    ] = 256,
+    retrieval: Annotated[bool, typer.Option(help="Hide facts in the texts and ask for them.")] = True,
     json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw bits against KL into this PNG.")] = None,
 ) -> None:
-    """Compare KV caches with the exact model on real text: KL divergence, top-1 agreement, perplexity."""
+    """Compare KV caches with the exact model: KL divergence on real text, retrieval, error by layer, free writing.
+
+    Ctrl-C ends it early and keeps what was measured.
+    """
     for file in (json, plot):
         _check_writable(file)
     from gear_compression.config import ConfigError
-    from gear_engine.fidelity.run import run
+    from gear_engine.fidelity.run import Request, run
     from gear_engine.fidelity.texts import TextError
     from gear_engine.protocol import EngineStartError
 
     try:
-        report = run(model, text or [], preset, context, num_texts)
+        report = run(
+            Request(model, text or [], preset or [], ablation or [], context, num_texts, new_tokens, retrieval)
+        )
     except (ConfigError, EngineStartError, TextError) as error:
         _fail(str(error))
-    from dataclasses import asdict
-
-    import orjson
+    except KeyboardInterrupt:
+        _fail(
+            "interrupted before anything was measured: fewer presets (--preset) or a shorter --context go faster", 130
+        )
     from rich.console import Console
 
     from gear_engine.fidelity.report import plot as draw
-    from gear_engine.fidelity.report import table
+    from gear_engine.fidelity.report import tables, write_json
 
-    Console().print(table(report))
-    if json:
-        json.write_bytes(orjson.dumps(asdict(report), option=orjson.OPT_INDENT_2))
-    if plot:
-        draw(report, plot)
+    console = Console()
+    for table in tables(report):
+        console.print(table, "")
+    saved = [
+        _saved(json, lambda file: write_json(report, file)),
+        _saved(plot, lambda file: draw(report, file)),
+    ]
+    if not all(saved):
+        raise typer.Exit(2)
     if report.interrupted:
         raise typer.Exit(130)
+
+
+def _saved(file: Path | None, write: Callable[[Path], None]) -> bool:
+    """Whether that worked. A full disk must not cost what was measured: it is on the screen already."""
+    if file is None:
+        return True
+    try:
+        write(file)
+    except OSError as error:
+        _say(f"cannot write {file}: {error.strerror}; the tables above are all that is kept. Make room and run again")
+        return False
+    return True
 
 
 def _check_writable(file: Path | None) -> None:
@@ -64,9 +94,13 @@ def _check_writable(file: Path | None) -> None:
         _fail(f"cannot write {file}: {error.strerror}; choose another path")
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 2) -> NoReturn:
+    _say(message)
+    raise typer.Exit(status)
+
+
+def _say(message: str) -> None:
     print(f"gear-fidelity: {message}", file=sys.stderr)
-    raise typer.Exit(2)
 
 
 def main() -> None:

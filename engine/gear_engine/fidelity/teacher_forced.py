@@ -28,12 +28,15 @@ class Distances:
     def add(self, exact: Tensor, logits: Tensor, true_token: Tensor, position: Tensor) -> None:
         """exact, logits [T, V] float32; true_token, position [T]."""
         exact_log, log = exact.log_softmax(-1), logits.log_softmax(-1)
-        self.position.append(position)
-        self.kl.append((exact_log.exp() * (exact_log - log)).sum(-1).clamp(min=0))
-        self.same_top.append(exact.argmax(-1) == logits.argmax(-1))
+        kl = (exact_log.exp() * (exact_log - log)).sum(-1).clamp(min=0)
+        same_top = exact.argmax(-1) == logits.argmax(-1)
         true = log.gather(1, true_token[:, None])
+        true_rank = (log > true).sum(-1)
+        self.position.append(position)  # all is computed first: an interrupt leaves lists of one length
+        self.kl.append(kl)
+        self.same_top.append(same_top)
         self.true_logprob.append(true[:, 0])
-        self.true_rank.append((log > true).sum(-1))
+        self.true_rank.append(true_rank)
 
     def summary(self) -> dict[str, object]:
         """Over all positions, and by position bucket."""
