@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gear_compression.layout import PageLayout, PartLayout
 from gear_compression.reference.codes import Codes
-from gear_compression.reference.low_rank import LowRank
+from gear_compression.reference.low_rank import LowRank, factor_zero
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 8: (8,)}  # bit widths, least significant first
 
@@ -72,10 +72,10 @@ def pack_part(record: Tensor, at: PartLayout, part: CompressedPart) -> None:
             _put(record, at.zero, (codes.zero.T / codes.zero_unit).round().to(torch.int8))
         _put(record, at.unit, torch.stack([codes.scale_unit, codes.zero_unit]).bfloat16())
     if part.factors is not None:
-        half = 0.0 if at.factor_bits == 16 else ((1 << at.factor_bits) - 1) / 2
+        zero = 0 if at.factor_bits == 16 else factor_zero(at.factor_bits)
         for offset, factor in ((at.tokens_factor, part.factors.tokens), (at.channels_factor, part.factors.channels)):
             stored = (
-                factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + half).flatten(), at.factor_bits)
+                factor.bfloat16() if at.factor_bits == 16 else pack_codes((factor + zero).flatten(), at.factor_bits)
             )
             _put(record, offset, stored)
         if at.factor_bits < 16:
@@ -114,7 +114,7 @@ def _unpack_factors(record: Tensor, at: PartLayout, layout: PageLayout) -> LowRa
         if at.factor_bits == 16:
             return _get(record, offset, (at.rank, n), torch.bfloat16).float()
         packed = _get(record, offset, (at.rank * n * at.factor_bits // 8,), torch.uint8)
-        return unpack_codes(packed, at.factor_bits).view(at.rank, n).float() - ((1 << at.factor_bits) - 1) / 2
+        return unpack_codes(packed, at.factor_bits).view(at.rank, n).float() - factor_zero(at.factor_bits)
 
     scale = torch.ones(at.rank)
     if at.factor_bits < 16:
