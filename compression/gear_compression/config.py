@@ -35,7 +35,7 @@ class PartConfig:
     symmetric: bool = False  # codes centred on 0, no zero stored
     scale_bits: int = 16  # of a scale and of a zero: 16 is bf16, 8 counts in a bf16 unit that each page and head has
     rank: int = 0  # columns of the low-rank factors; 0: none
-    factor_bits: int = 16  # of a factor's entry: 16 is bf16; 4 and 8 are symmetric codes, one bf16 scale a column
+    factor_bits: int = 16  # of a factor's entry: 16 is bf16; 4 and 8 are signed codes, one bf16 scale a column
     low_rank_first: bool = False  # fit the factors to X before coding what is left; else to the codes' residual
     outliers: int = 0  # per vector: half of them its largest entries, half its smallest
     rotate: bool = False  # stored times an orthonormal Hadamard matrix over the channels

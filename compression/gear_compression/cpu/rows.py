@@ -102,13 +102,13 @@ def read_factors(slab, base, part, S, D, out):  # type: ignore[no-untyped-def]
     read_row(slab, base + part.tokens_factor, R * S, bits, out)
     read_row(slab, base + part.channels_factor, R * D, bits, out[R * S :])
     if bits < 16:
-        half = np.float32(0.5 * ((1 << bits) - 1))
+        zero = np.float32((1 << (bits - 1)) - 1)  # reference/low_rank.py: factor_zero
         for r in range(R):
             scale = from_bf16(slab.u16[(base + part.factor_scale) // 2 + r])
             for t in range(S):
-                tokens[r, t] -= half
+                tokens[r, t] -= zero
             for d in range(D):
-                channels[r, d] = (channels[r, d] - half) * scale
+                channels[r, d] = (channels[r, d] - zero) * scale
     return tokens, channels
 
 

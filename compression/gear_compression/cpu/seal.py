@@ -131,14 +131,16 @@ def fit(x, start, a, b):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**EXACT)
-def code_symmetric(rows, bits):  # type: ignore[no-untyped-def]
-    """rows [R, n] → codes in place; returns scale [R]."""
-    half = np.float32(0.5 * ((1 << bits) - 1))
+def code_signed(rows, bits):  # type: ignore[no-untyped-def]
+    """rows [R, n] → codes in place; returns scale [R] (reference/low_rank.py, _signed_codes)."""
+    half, zero = np.float32(0.5), np.float32((1 << (bits - 1)) - 1)
+    top = np.float32((1 << bits) - 1)
     scale = np.empty(rows.shape[0], np.float32)
     for r in range(rows.shape[0]):
-        scale[r] = max(np.max(np.abs(rows[r])) / half, TINY)
+        low, high = np.min(rows[r]) / (-zero - half), np.max(rows[r]) / (top - zero + half)
+        scale[r] = max(max(low, high), TINY)
         for i in range(rows.shape[1]):
-            rows[r, i] = min(max(np.rint(rows[r, i] / scale[r] + half), np.float32(0)), 2 * half)
+            rows[r, i] = min(max(np.rint(rows[r, i] / scale[r]) + zero, np.float32(0)), top)
     return scale
 
 
@@ -149,16 +151,16 @@ def store_factors(slab, base, part, a, b):  # type: ignore[no-untyped-def]
     S, D = a.shape[1], b.shape[1]
     token_scale, channel_scale = np.ones(part.rank, np.float32), np.ones(part.rank, np.float32)
     if bits < 16:
-        token_scale, channel_scale = code_symmetric(a, bits), code_symmetric(b, bits)
-    half = np.float32(0.5 * ((1 << bits) - 1))
+        token_scale, channel_scale = code_signed(a, bits), code_signed(b, bits)
+    zero = np.float32((1 << (bits - 1)) - 1)
     write_row(slab, base + part.tokens_factor, part.rank * S, bits, a.reshape(-1))
     write_row(slab, base + part.channels_factor, part.rank * D, bits, b.reshape(-1))
     for r in range(part.rank):
         if bits < 16:
             stored = bf16_up(max(token_scale[r] * channel_scale[r], TINY))
             slab.u16[(base + part.factor_scale) // 2 + r] = stored
-            a[r] -= half
-            b[r] = (b[r] - half) * from_bf16(stored)
+            a[r] -= zero
+            b[r] = (b[r] - zero) * from_bf16(stored)
         else:
             for s in range(S):
                 a[r, s] = from_bf16(bf16_nearest(a[r, s]))

@@ -39,7 +39,7 @@ def _kernel(layout: Layout, layer: int) -> CudaKernel:
 def append_tokens(
     slab: Tensor, keys: Tensor, values: Tensor, slots: Tensor, offsets: Tensor, layout: int, layer: int
 ) -> None:
-    """keys, values [T, H, D] bf16, changed into the stored basis in place; token t is written to offsets[t] of slots[t].
+    """keys, values [T, H, D] bf16, turned into the stored basis in place; token t goes to offsets[t] of slots[t].
 
     slots, offsets [T] int32 on the device; a negative slot writes nothing (its page is sealed within the step).
     """

@@ -113,7 +113,7 @@ DEVICE void add_coefficients(const uint8_t* record, const Queries& q, int b, int
   }
 }
 
-constexpr uint32_t kMiddleF16 = 0xc780c780u;  // -7.5
+constexpr uint32_t kFactorZeroF16 = 0xc700c700u;  // -7: what a coded factor of 0 is stored as
 
 // Coefficients q . B as the B operand of their product with A: ranks are its rows.
 struct Coefficients {
@@ -127,7 +127,7 @@ DEVICE Coefficients finish_coefficients(const uint8_t* record, const Queries& q,
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const float worth = c < 2 ? 16777216.f : 1048576.f;
-      x[c] = (x[c] * (worth * kQueryWorth) - 7.5f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
+      x[c] = (x[c] * (worth * kQueryWorth) - 7.f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
     }
     return {transpose(pack_f16(x[0], x[1])), transpose(pack_f16(x[2], x[3]))};  // ranks (4 j, 4 j + 2), (+ 1, + 3)
   } else {
@@ -246,8 +246,8 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float
     for (int c = 0; c < 4; c++) coefficients[0][c] += coefficients[1][c];
     const Coefficients x = finish_coefficients(record, q, g, coefficients[0]);
     low_rank_scores(record, block, x, g, j, exact);
-    // Codes stand for code - 7.5: what that takes off is the same for all tokens.
-    if constexpr (kCoded) mma_f16(middle, kMiddleF16, kMiddleF16, kMiddleF16, kMiddleF16, x.low, x.high, true);
+    // Codes stand for code - 7: what that takes off is the same for all tokens.
+    if constexpr (kCoded) mma_f16(middle, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, x.low, x.high, true);
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll

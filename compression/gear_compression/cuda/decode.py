@@ -156,7 +156,8 @@ def decode_into(
     pages = layout_of(layout)
     N, Q, D = q.shape
     group = Q // pages.num_kv_heads
-    assert q.dtype == torch.bfloat16 and q.is_contiguous() and out.is_contiguous() and slab.is_contiguous()
+    assert q.dtype == torch.bfloat16
+    assert all(tensor.is_contiguous() for tensor in (q, out, slab))
     kernel = _kernel(pages, layer, window > 0, softcap > 0, out.dtype == torch.float32)
     tiles = pages.num_kv_heads * -(-group // QUERIES)
     partial = torch.empty(N * Q * num_splits * (D + 1) if num_splits > 1 else 0, dtype=torch.float32, device=q.device)

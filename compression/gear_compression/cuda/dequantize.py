@@ -49,7 +49,8 @@ def dequantize_pages(
     """
     pages = layout_of(layout)
     H, S, D = pages.num_kv_heads, pages.page_size, pages.head_dim
-    assert keys.dtype == values.dtype == torch.bfloat16 and keys.is_contiguous() and values.is_contiguous()
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert all(tensor.is_contiguous() for tensor in (slab, keys, values))
     if isinstance(pages, PageLayout):
         args = _Args(
             pool=slab.data_ptr(),

@@ -217,6 +217,9 @@ struct Sealing {
     project(1.f);
   }
 
+  // The scale at which an entry is half a step off at most.
+  DEVICE static float fine_enough(float y) { return fmaxf(y / -7.5f, y / 8.5f); }
+
   DEVICE void store_factors() {
     if constexpr (Part::factor_bits == 16) {
       for (int at = threadIdx.x; at < S * R; at += kThreads) {
@@ -229,28 +232,27 @@ struct Sealing {
         b[at] = from_bf16(y);
         ((uint16_t*)(record + Part::channels_factor))[at % R * D + at / R] = y;
       }
-    } else {  // symmetric codes of 4 bits, one scale a column
-      constexpr float kHalf = 7.5f;
+    } else {  // codes 0 … 15 that mean -7 … 8, one scale a column
+      constexpr float kZero = 7.f;
       for (int r = threadIdx.x / 32; r < R; r += kThreads / 32) {
         const int lane = threadIdx.x % 32;
-        float a_most = 0.f, b_most = 0.f;
-        for (int token = lane; token < S; token += 32) a_most = fmaxf(a_most, fabsf(a[token * R + r]));
-        for (int channel = lane; channel < D; channel += 32) b_most = fmaxf(b_most, fabsf(b[channel * R + r]));
+        float a_scale = kTiny, b_scale = kTiny;
+        for (int token = lane; token < S; token += 32) a_scale = fmaxf(a_scale, fine_enough(a[token * R + r]));
+        for (int channel = lane; channel < D; channel += 32) b_scale = fmaxf(b_scale, fine_enough(b[channel * R + r]));
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
-          a_most = fmaxf(a_most, __shfl_xor_sync(~0u, a_most, step));
-          b_most = fmaxf(b_most, __shfl_xor_sync(~0u, b_most, step));
+          a_scale = fmaxf(a_scale, __shfl_xor_sync(~0u, a_scale, step));
+          b_scale = fmaxf(b_scale, __shfl_xor_sync(~0u, b_scale, step));
         }
-        const float a_scale = fmaxf(a_most / kHalf, kTiny), b_scale = fmaxf(b_most / kHalf, kTiny);
         const uint16_t stored = bf16_up(fmaxf(a_scale * b_scale, kTiny));
         if (lane == 0) ((uint16_t*)(record + Part::factor_scale))[r] = stored;
         for (int token = lane; token < S; token += 32) {
           float& y = a[token * R + r];
-          y = fminf(fmaxf(rintf(y / a_scale + kHalf), 0.f), 15.f);
+          y = fminf(fmaxf(rintf(y / a_scale) + kZero, 0.f), 15.f);
         }
         for (int channel = lane; channel < D; channel += 32) {
           float& y = b[channel * R + r];
-          y = fminf(fmaxf(rintf(y / b_scale + kHalf), 0.f), 15.f);
+          y = fminf(fmaxf(rintf(y / b_scale) + kZero, 0.f), 15.f);
         }
         scratch[r] = from_bf16(stored);
       }
@@ -264,8 +266,8 @@ struct Sealing {
         record[Part::channels_factor + at] = (int)b[channel * R + 2 * pair] | (int)b[channel * R + 2 * pair + 1] << 4;
       }
       __syncthreads();
-      for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] -= kHalf;
-      for (int at = threadIdx.x; at < D * R; at += kThreads) b[at] = (b[at] - kHalf) * scratch[at % R];
+      for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] -= kZero;
+      for (int at = threadIdx.x; at < D * R; at += kThreads) b[at] = (b[at] - kZero) * scratch[at % R];
     }
     __syncthreads();
   }

@@ -98,7 +98,7 @@ def seal_pages(
     """
     pages = layout_of(layout)
     assert isinstance(pages, PageLayout), "raw pages are sealed where they lie"
-    assert keys.is_contiguous() and values.is_contiguous() and run_slots.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in (slab, keys, values, run_slots))
     runs_stride = pages.num_kv_heads * 2 * pages.run_tokens * pages.head_dim * 2
     stream = torch.cuda.current_stream(slab.device).cuda_stream
     for first, count in _runs_of_equal_layers(pages, first_layer, num_layers):

@@ -14,7 +14,7 @@ NUM_ROUNDS = 3
 
 @dataclass(slots=True)
 class LowRank:
-    """A Bᵀ = Σ over columns r of scale[r] · tokens[r] ⊗ channels[r]. Factors as stored: codes − levels/2, or bf16."""
+    """A Bᵀ = Σ over columns r of scale[r] · tokens[r] ⊗ channels[r]. Factors as stored: signed codes, or bf16."""
 
     tokens: Tensor  # [R, S] float32: A's columns
     channels: Tensor  # [R, D] float32: B's columns
@@ -63,17 +63,26 @@ def fit(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def store_factors(a: Tensor, b: Tensor, part: PartConfig) -> LowRank:
-    """a [S, R], b [D, R] rounded to how they are stored: bf16, or symmetric codes with one scale a column."""
+    """a [S, R], b [D, R] rounded to how they are stored: bf16, or signed codes with one scale a column.
+
+    A code of 0 means 0. Key biases, turned by RoPE, make columns with a few huge channels; without a code for 0 every
+    other channel would be off by half a step of those.
+    """
     if part.factor_bits == 16:
         tokens, channels = (t.T.contiguous().bfloat16().float() for t in (a, b))
         return LowRank(tokens, channels, torch.ones(a.shape[1], device=a.device))
-    half = ((1 << part.factor_bits) - 1) / 2
-    tokens, token_scale = _symmetric_codes(a.T, half)
-    channels, channel_scale = _symmetric_codes(b.T, half)
+    tokens, token_scale = _signed_codes(a.T, part.factor_bits)
+    channels, channel_scale = _signed_codes(b.T, part.factor_bits)
     return LowRank(tokens, channels, bf16_up((token_scale * channel_scale).clamp(min=TINY)))
 
 
-def _symmetric_codes(rows: Tensor, half: float) -> tuple[Tensor, Tensor]:
-    """rows [R, n] → (codes − half [R, n], scale [R])."""
-    scale = (rows.abs().amax(1) / half).clamp(min=TINY)
-    return (rows / scale[:, None] + half).round().clamp(0, 2 * half) - half, scale
+def factor_zero(factor_bits: int) -> int:
+    """The stored code that means 0: of 4 bits, 0 … 15 mean −7 … 8."""
+    return (1 << (factor_bits - 1)) - 1
+
+
+def _signed_codes(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """rows [R, n] → (whole numbers [R, n], scale [R]), so fine that the extremes are half a step off like the rest."""
+    lowest, highest = -factor_zero(bits), (1 << bits) - 1 - factor_zero(bits)
+    scale = torch.maximum(rows.amin(1) / (lowest - 0.5), rows.amax(1) / (highest + 0.5)).clamp(min=TINY)
+    return (rows / scale[:, None]).round().clamp(lowest, highest), scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gear_compression.layout import PageLayout, PartLayout
 from gear_compression.reference.codes import Codes
-from gear_compression.reference.low_rank import LowRank
+from gear_compression.reference.low_rank import LowRank, factor_zero
 from gear_compression.reference.planes import pack_codes, unpack_codes
 from gear_compression.reference.tiles import pack_factors, pack_tiles, unpack_factors, unpack_tiles
 
@@ -93,8 +93,8 @@ def _pack_factors(factors: LowRank, at: PartLayout) -> tuple[Tensor, Tensor]:
     if at.factor_bits == 16:
         tokens, channels = factors.tokens.bfloat16(), factors.channels.bfloat16()
         return (tokens.T if at.tiled and at.is_keys else tokens), channels
-    half = ((1 << at.factor_bits) - 1) / 2
-    codes = (factors.tokens + half, factors.channels + half)
+    zero = factor_zero(at.factor_bits)
+    codes = (factors.tokens + zero, factors.channels + zero)
     if at.tiled:
         return pack_factors(*codes)
     tokens, channels = (pack_codes(factor.flatten(), at.factor_bits) for factor in codes)
@@ -117,6 +117,6 @@ def _unpack_factors(record: Tensor, at: PartLayout, layout: PageLayout) -> LowRa
         codes = unpack_factors(packed[0], packed[1], R)
     else:
         codes = tuple(unpack_codes(x, bits).view(R, -1) for x in packed)  # type: ignore[assignment]
-    half = ((1 << bits) - 1) / 2
+    zero = factor_zero(bits)
     scale = _get(record, at.factor_scale, (R,), torch.bfloat16).float()
-    return LowRank(codes[0].float() - half, codes[1].float() - half, scale)
+    return LowRank(codes[0].float() - zero, codes[1].float() - zero, scale)

@@ -13,7 +13,7 @@ BLOCK_M = 128  # queries of a program: tokens × heads
 
 
 @triton.jit
-def _add_tile(acc, peak, total, q, k, v, hidden, scaling, softcap, HAS_CAP: tl.constexpr):
+def _add_tile(acc, peak, total, q, k, v, hidden, scaling, softcap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """One step of online softmax over a tile of keys k [N, D]; hidden [M, N] or None; acc [M, D] in float32."""
     scores = tl.dot(q, tl.trans(k)) * scaling
     if HAS_CAP:
@@ -31,7 +31,7 @@ def _add_tile(acc, peak, total, q, k, v, hidden, scaling, softcap, HAS_CAP: tl.c
 
 
 @triton.jit
-def _prefill(
+def _prefill(  # type: ignore[no-untyped-def]
     q, past_k, past_v, own_k, own_v, out, tiles, rotation, scaling, softcap,
     q_stride, own_stride, past_stride,
     D: tl.constexpr, D_POW2: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
