@@ -22,9 +22,13 @@ from torch.nn import functional
 from gear_compression import PRESETS, layout_for
 from gear_compression.cuda.compiler import cuda_kernel
 from gear_compression.cuda.decode import choose_splits, ctas_per_sm, decode_into
+from gear_compression.cuda.dequantize import dequantize_pages
 from gear_compression.cuda.layouts import register_layout
+from gear_compression.cuda.seal import seal_pages
 from gear_compression.layout import Layout, PageLayout
 from gear_compression.reference.pages import compress_pages
+from gear_compression.reference.rotation import hadamard
+from gear_compression.triton.prefill import prefill_attention, tokens_of_a_tile
 
 GEAR = ("near-lossless", "balanced", "max-compression", "gear-4bit", "gear-2bit")
 DECODE = {  # case: sequences, tokens, KV heads, query heads a KV head
@@ -34,6 +38,7 @@ DECODE = {  # case: sequences, tokens, KV heads, query heads a KV head
     "decode-256x512": (256, 512, 8, 4),
 }
 HEAD_DIM = 128
+LAYERS, CHUNK, CONTEXT = 32, 2048, 8192  # of Llama-3-8B; tokens of a prompt chunk, and with those before it
 
 
 def milliseconds(launch: Callable[[], object], launches: int = 10, replays: int = 20) -> float:
@@ -128,34 +133,155 @@ def torch_decode(case: str) -> dict[str, float]:
     return times
 
 
+def int32(values: object) -> Tensor:
+    return torch.as_tensor(values).to(torch.int32).cuda()
+
+
+def seal_case(preset: str) -> tuple[float, int]:
+    """(ms, bytes read and written) to seal all pages of a chunk, all layers of Llama-3-8B, a layer at a time."""
+    H = 8
+    layout = layout_for(PRESETS[preset], LAYERS, H, HEAD_DIM, 2, "tiles")
+    assert isinstance(layout, PageLayout)
+    pages = CHUNK // layout.page_size
+    slab = torch.zeros(pages, layout.page_bytes, dtype=torch.uint8, device="cuda")
+    k, v = (torch.randn(CHUNK, H, HEAD_DIM, device="cuda").bfloat16() for _ in range(2))
+    rows = torch.arange(pages) * layout.page_size
+    tables = [int32(x) for x in (torch.arange(pages), rows == 0, torch.zeros(pages, 1), torch.zeros(pages), rows)]
+    number = register_layout(layout)
+
+    def launch() -> None:
+        for layer in range(LAYERS):
+            seal_pages(slab, *tables, k, v, number, layer, 1)
+
+    moved = LAYERS * (2 * CHUNK * H * HEAD_DIM * 2 + pages * H * layout.layers[0].record_bytes)
+    return milliseconds(launch, launches=1), moved
+
+
+def llama_prefill_ms() -> float:
+    """A chunk through Llama-3-8B's shape with random weights, bf16, PyTorch's own attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(0, 1000, (1, CHUNK), device="cuda")
+    times = []
+    with torch.inference_mode():
+        for _ in range(6):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            model(ids, use_cache=False, logits_to_keep=1)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return statistics.median(times[1:])
+
+
+def prefill_case(preset: str) -> tuple[float, int]:
+    """(ms, bytes) of one layer's attention of a chunk at the end of a context, dequantising its earlier pages."""
+    H, group, past = 8, 4, CONTEXT - CHUNK
+    layout = layout_for(PRESETS[preset], 1, H, HEAD_DIM, 2, "tiles")
+    S = layout.page_size
+    slab = filled_pool(layout, CONTEXT // S)
+    q = torch.randn(CHUNK, H * group, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(CHUNK, H, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    scratch = [torch.empty(H, CONTEXT, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    step = tokens_of_a_tile(S)
+    tiles = int32([[at, step, at % S, at // S * S, 0, past + at // S * S] for at in reversed(range(0, CHUNK, step))])
+    pages = torch.arange(CONTEXT // S)  # the chunk's own too, which its later pages see sealed
+    slots, firsts, rows = int32(torch.randperm(len(pages))), int32(pages == 0), int32(pages * S)
+    rotation = hadamard(HEAD_DIM).sign().cuda() if layout.rotates(0)[1] else None
+    number = register_layout(layout)
+
+    def launch() -> None:
+        dequantize_pages(slab, slots, firsts, rows, *scratch, number, 0)
+        prefill_attention(q, *scratch, k, v, tiles, S, HEAD_DIM**-0.5, rotation=rotation)
+
+    return milliseconds(launch, launches=2), 2 * 2 * CONTEXT * H * HEAD_DIM + 2 * q.numel() * 2
+
+
+def torch_prefill_ms() -> float:
+    """The same by PyTorch's flash attention over dense bf16 keys and values."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    q = torch.randn(1, 32, CHUNK, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 32, CONTEXT, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    mask = causal_lower_right(CHUNK, CONTEXT)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        return milliseconds(lambda: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), launches=2)
+
+
+class Table:
+    """Rows as they are measured, printed and kept."""
+
+    def __init__(self) -> None:
+        self.copy_gb_s = copy_gb_s()
+        self.rows: list[dict[str, Any]] = []
+        print(f"{torch.cuda.get_device_name()}, copy kernel {self.copy_gb_s:.0f} GB/s", flush=True)
+
+    def add(self, case: str, preset: str, measured: tuple[float, int], bf16_ms: float, note: str = "") -> None:
+        ms, num_bytes = measured
+        gb_s = num_bytes / ms / 1e6
+        share = gb_s / self.copy_gb_s
+        self.rows.append(
+            {"case": case, "preset": preset, "ms": ms, "bf16_ms": bf16_ms, "speedup": bf16_ms / ms, "gb_s": gb_s}
+            | {"fraction_of_copy": share}
+        )
+        print(
+            f"  {preset:<16}{ms:8.4f} ms {bf16_ms / ms:6.2f}x {gb_s:7.0f} GB/s {share:7.1%} of copy  {note}", flush=True
+        )
+
+
+def measure_decode(table: Table, case: str, presets: list[str]) -> None:
+    raw = decode_case(case, "none")
+    bf16 = {"raw": raw[0], **torch_decode(case)}
+    print(f"{case}: bf16 ms " + ", ".join(f"{name} {ms:.4f}" for name, ms in bf16.items()))
+    table.add(case, "none", raw, min(bf16.values()))
+    for preset in presets:
+        table.add(case, preset, decode_case(case, preset), min(bf16.values()))
+
+
+def measure_seal(table: Table, case: str, presets: list[str]) -> None:
+    prefill_ms = llama_prefill_ms()
+    print(f"{case}: {CHUNK} tokens of Llama-3-8B, whose whole prefill takes {prefill_ms:.1f} ms")
+    for preset in presets:
+        measured = seal_case(preset)
+        table.add(case, preset, measured, prefill_ms, f"{measured[0] / prefill_ms:.1%} of prefill")
+
+
+def measure_prefill(table: Table, case: str, presets: list[str]) -> None:
+    flash_ms = torch_prefill_ms()
+    flop = 4 * 32 * HEAD_DIM * (CHUNK * (CONTEXT - CHUNK) + CHUNK**2 // 2)
+    print(f"{case}: torch flash {flash_ms:.4f} ms, {flop / flash_ms / 1e9:.0f} TFLOP/s")
+    for preset in ("none", *presets):
+        measured = prefill_case(preset)
+        table.add(case, preset, measured, flash_ms, f"{flop / measured[0] / 1e9:.0f} TFLOP/s")
+
+
+CASES = dict.fromkeys(DECODE, measure_decode) | {"seal": measure_seal, "prefill-8k": measure_prefill}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(DECODE))
+    parser.add_argument("--case", action="append", choices=list(CASES))
     parser.add_argument("--preset", action="append", choices=GEAR)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    copy = copy_gb_s()
-    print(f"{torch.cuda.get_device_name()}, copy kernel {copy:.0f} GB/s")
-    rows: list[dict[str, Any]] = []
-    for case in arguments.case or DECODE:
-        raw_ms, raw_bytes = decode_case(case, "none")
-        bf16 = {"raw": raw_ms, **torch_decode(case)}
-        best = min(bf16.values())
-        beside = ", ".join(f"{name} {ms:.4f}" for name, ms in bf16.items())
-        print(f"{case}: bf16 ms {beside}; raw at {raw_bytes / raw_ms / 1e6 / copy:.1%} of copy")
-        for preset in ("none", *(arguments.preset or GEAR)):
-            ms, num_bytes = (raw_ms, raw_bytes) if preset == "none" else decode_case(case, preset)
-            gb_s = num_bytes / ms / 1e6
-            row = {"case": case, "preset": preset, "ms": ms, "bf16_ms": best, "speedup": best / ms}
-            rows.append(row | {"gb_s": gb_s, "fraction_of_copy": gb_s / copy})
-            print(f"  {preset:<16}{ms:8.4f} ms {best / ms:6.2f}x bf16 {gb_s:7.0f} GB/s {gb_s / copy:7.1%} of copy")
+    table = Table()
+    for case in arguments.case or CASES:
+        CASES[case](table, case, arguments.preset or list(GEAR))
     if arguments.json:
         result = {
             "date": datetime.date.today().isoformat(),
             "gpu": torch.cuda.get_device_name(),
             "command": "python bench/kernels.py",
-            "copy_gb_s": copy,
-            "rows": rows,
+            "copy_gb_s": table.copy_gb_s,
+            "rows": table.rows,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
