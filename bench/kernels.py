@@ -233,7 +233,7 @@ class Table:
             | {"fraction_of_copy": share}
         )
         print(
-            f"  {preset:<16}{ms:8.4f} ms {bf16_ms / ms:6.2f}x {gb_s:7.0f} GB/s {share:7.1%} of copy  {note}", flush=True
+            f"  {preset:<16}{ms:8.4f} ms {bf16_ms / ms:6.2f}x {gb_s:5.0f} GB/s {share:6.1%} of copy  {note}", flush=True
         )
 
 

@@ -23,7 +23,7 @@ def int32(*values: int) -> Tensor:
 
 
 def seal(layout: PageLayout, kv: Tensor, pages: list[int], old: int) -> Tensor:
-    """Seal some of PAGES pages, the first `old` tokens of each from runs, the rest from rows; the slab [slots, bytes]."""
+    """Seal some of PAGES pages, the first `old` tokens of each from runs, others from rows; the slab [slots, bytes]."""
     from gear_compression.cuda.layouts import register_layout
     from gear_compression.cuda.seal import seal_pages
 
