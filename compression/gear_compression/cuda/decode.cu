@@ -27,6 +27,7 @@ constexpr int kMaxSplits = 64;
 constexpr float kQueryWorth = Keys::scale_bits == 8 ? 0x1p-6f : 8.f;   // of the q in a fragment
 constexpr float kScaledWorth = Keys::scale_bits == 8 ? 0x1p18f : 8.f;  // of its product with a scale
 constexpr float kWeightLog2 = 4.f;     // p is lifted by 2^4, away from fp16's subnormals
+constexpr float kLowest = -1e30f;      // the peak of no tokens at all
 constexpr float kSlack = 4.f;          // p may pass 1 by 2^4 before everything is rescaled
 constexpr float kValueWorth = 16.f;    // p * scale is lifted by it where scales are counted in a unit
 constexpr float kUnitWorth = Values::scale_bits == 8 ? kValueWorth : 1.f;
@@ -55,14 +56,17 @@ struct Args {
 struct Sums {
   float out[kParts * kTiles][4];  // rows: channels 16 i + 2 g and 16 i + 2 g + 1 of a value block
   float offset[4];                // what the codes' zero takes off every channel, in all rows alike
-  float peak[2];                  // largest score * log2(e) so far
+  float peak[2];                  // a score of about the largest, times log2(e); nothing until total is above 0
   float total[4];                 // of weights, in all rows alike
+
+  // What scores are given less of, so that 2^score is a weight.
+  DEVICE float base(int c) const { return peak[c] - kWeightLog2; }
 
   DEVICE void clear() {
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.f;
     offset[0] = offset[1] = offset[2] = offset[3] = 0.f;
-    peak[0] = peak[1] = -1e30f;
+    peak[0] = peak[1] = 0.f;
     total[0] = total[1] = total[2] = total[3] = 0.f;
   }
 };
@@ -184,10 +188,10 @@ DEVICE void outlier_scores(const uint8_t* record, int block, const Queries& q, i
     }
 }
 
-// scores [4][4] of a block, times `scaling`: tile i has tokens 16 i + 2 g (c 0, 1) and 16 i + 2 g + 1 (c 2, 3), columns
-// are queries.
-DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float scaling, int g, int j,
-                       float (&scores)[4][4]) {
+// scores [4][4] of a block, times `scaling` and less `base` of each query: tile i has tokens 16 i + 2 g (c 0, 1) and
+// 16 i + 2 g + 1 (c 2, 3), columns are queries.
+DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float scaling, const float (&base)[2], int g,
+                       int j, float (&scores)[4][4]) {
   constexpr int kGroups = Keys::group_size >= kRows ? 1 : kRows / Keys::group_size;  // in a block
   constexpr int kTilesOfGroup = 4 / kGroups;
   const int first_group = Keys::num_groups == 1 ? 0 : block * kRows / Keys::group_size;
@@ -211,6 +215,10 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float
         const uint32_t b0 = mul_f16(q.f16[b][w][0], scale.even), b1 = mul_f16(q.f16[b][w][1], scale.odd);
         if constexpr (Keys::symmetric) {
           mma_f16(zeros[group], kOnesF16, 0, kOnesF16, 0, b0, b1, first);
+        } else if constexpr (Keys::scale_bits == 16 && Keys::outliers > 0) {  // q is there in bf16 too
+          const uint2 zero = *(const uint2*)(record + Keys::zero + 2 * (row + 4 * w));
+          mma_bf16(zeros[group], permute(zero.x, zero.y, 0x5410), 0, permute(zero.x, zero.y, 0x7632), 0, q.bf16[b][w][0],
+                   q.bf16[b][w][1], first);
         } else {
           const Quad zero = load_zeros<Keys::scale_bits>(record + Keys::zero + row * (Keys::scale_bits / 8), w);
           mma_f16(zeros[group], zero.even, 0, zero.odd, 0, q.f16[b][w][0], q.f16[b][w][1], first);
@@ -231,32 +239,33 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float
     zero_unit *= bf16_at(record + Keys::unit + 2);
   }
   if constexpr (Keys::symmetric) zero_unit = -0.5f * ((1 << Keys::bits) - 1) * scale_unit;
+  else if constexpr (Keys::scale_bits == 16 && Keys::outliers > 0) zero_unit = scaling;
+  float same[2] = {-base[0], -base[1]};  // for all tokens
+  float exact[4][4];
+  if constexpr (Keys::rank > 0) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) coefficients[0][c] += coefficients[1][c];
+    const Coefficients x = finish_coefficients(record, q, g, coefficients[0]);
+    low_rank_scores(record, block, x, g, j, exact);
+    if constexpr (Keys::factor_bits == 4) {  // codes stand for code - 7
+      float zero[4];
+      mma_f16(zero, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, x.low, x.high, true);
+      same[0] += zero[0] * scaling, same[1] += zero[1] * scaling;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const float worth = c < 2 ? KeyStrip::low_worth(i) : KeyStrip::high_worth(i);
       // A zero's row is the same in all g, and so is its sum in c 0 and 1.
-      scores[i][c] = codes[i][c] * (worth * scale_unit) + zeros[i / kTilesOfGroup][c & 1] * zero_unit;
-    }
-  if constexpr (Keys::rank > 0) {
-    constexpr bool kCoded = Keys::factor_bits == 4;
-    float exact[4][4], middle[4];
-#pragma unroll
-    for (int c = 0; c < 4; c++) coefficients[0][c] += coefficients[1][c];
-    const Coefficients x = finish_coefficients(record, q, g, coefficients[0]);
-    low_rank_scores(record, block, x, g, j, exact);
-    // Codes stand for code - 7: what that takes off is the same for all tokens.
-    if constexpr (kCoded) mma_f16(middle, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, x.low, x.high, true);
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const float worth = !kCoded ? 1.f : c < 2 ? 16777216.f : 1048576.f;
-        scores[i][c] += exact[i][c] * (worth * scaling);
-        if constexpr (kCoded) scores[i][c] += middle[c & 1] * scaling;
+      const float bias = zeros[i / kTilesOfGroup][c & 1] * zero_unit + same[c & 1];
+      scores[i][c] = codes[i][c] * (worth * scale_unit) + bias;
+      if constexpr (Keys::rank > 0) {
+        const float factor_worth = Keys::factor_bits == 16 ? 1.f : c < 2 ? 16777216.f : 1048576.f;
+        scores[i][c] += exact[i][c] * (factor_worth * scaling);
       }
-  }
+    }
   if constexpr (Keys::outliers > 0) {
     float outliers[4][4] = {};
     outlier_scores(record, block, q, g, j, outliers);
@@ -267,8 +276,8 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float
   }
 }
 
-// scores [tiles][4] → weights 2^(score - peak + 4). The peak is a largest score of some block before, and stays until
-// one passes it by more than kSlack: then what was summed shrinks.
+// scores [tiles][4] → weights 2^score. They come less sums.base(): the peak is the largest score of the first block, and
+// stays until another passes it by more than kSlack. Then what was summed shrinks.
 template <int TILES>
 DEVICE void softmax_step(float (&scores)[TILES][4], Sums& sums) {
   float rise[2] = {kMinusInfinity, kMinusInfinity};
@@ -276,49 +285,69 @@ DEVICE void softmax_step(float (&scores)[TILES][4], Sums& sums) {
   for (int i = 0; i < TILES; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) rise[c & 1] = fmaxf(rise[c & 1], scores[i][c]);
-  if (__any_sync(~0u, rise[0] > sums.peak[0] + kSlack || rise[1] > sums.peak[1] + kSlack)) {
+  const bool started = sums.total[0] > 0.f && sums.total[1] > 0.f;
+  if (__any_sync(~0u, fmaxf(rise[0], rise[1]) > kSlack + kWeightLog2 || !started)) {
+    float shrink[2];
 #pragma unroll
     for (int c = 0; c < 2; c++) {
 #pragma unroll
       for (int lane = 4; lane < 32; lane *= 2) rise[c] = fmaxf(rise[c], __shfl_xor_sync(~0u, rise[c], lane));
-      rise[c] = fmaxf(rise[c], sums.peak[c]);
+      rise[c] -= kWeightLog2;  // of the peak
+      if (sums.total[c] > 0.f) rise[c] = fmaxf(rise[c], 0.f);
+      else if (rise[c] == kMinusInfinity) rise[c] = 0.f;  // every token is masked
+      shrink[c] = sums.total[c] > 0.f ? exp2_fast(-rise[c]) : 1.f;
+      sums.peak[c] += rise[c];
     }
-    const float shrink[2] = {exp2_fast(sums.peak[0] - rise[0]), exp2_fast(sums.peak[1] - rise[1])};
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++)
 #pragma unroll
       for (int c = 0; c < 4; c++) sums.out[m][c] *= shrink[c & 1];
 #pragma unroll
-    for (int c = 0; c < 2; c++) sums.offset[c] *= shrink[c], sums.total[c] *= shrink[c], sums.peak[c] = rise[c];
+    for (int c = 0; c < 2; c++) sums.offset[c] *= shrink[c], sums.total[c] *= shrink[c];
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+      for (int c = 0; c < 4; c++) scores[i][c] -= rise[c & 1];
   }
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
-    for (int c = 0; c < 4; c++) scores[i][c] = exp2_fast(scores[i][c] - (sums.peak[c & 1] - kWeightLog2));
+    for (int c = 0; c < 4; c++) scores[i][c] = exp2_fast(scores[i][c]);
 }
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// What a score is multiplied by before finish_scores: exponents of 2, unless a cap comes between.
+// With a soft-cap, scores are capped before they become exponents; without, they come as exponents less sums.base().
 DEVICE float score_scaling(const Args& args) { return Options::softcap ? args.scaling : args.scaling * kLog2e; }
 
-// Caps scores; tokens outside [first, last) get none. token: of the block's first row.
+// Tokens outside [first, last) get no weight. token: of the block's first row.
 template <int TILES>
-DEVICE void finish_scores(float (&scores)[TILES][4], const Args& args, int token, int first, int last, int g) {
-  if (!Options::softcap && token >= first && token + 16 * TILES <= last) return;
-  asm volatile("");  // a branch, not a select for each score: hardly any block needs it
+DEVICE void mask_scores(float (&scores)[TILES][4], int token, int first, int last, int g) {
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const int at = token + 16 * i + 2 * g + c / 2;
-      if constexpr (Options::softcap) scores[i][c] = args.softcap * kLog2e * tanh_fast(scores[i][c] / args.softcap);
       if (at < first || at >= last) scores[i][c] = kMinusInfinity;
     }
 }
 
-// sums.out += p V of a block; p [4][4] as softmax_step leaves it.
-DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4], Sums& sums, int g, int j) {
+template <int TILES>
+DEVICE void cap_scores(float (&scores)[TILES][4], const Args& args, const float (&base)[2]) {
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+      scores[i][c] = args.softcap * kLog2e * tanh_fast(scores[i][c] / args.softcap) - base[c & 1];
+}
+
+DEVICE void load_value_strips(const uint8_t* record, int block, int b, int g, int j, ValueStrip (&strips)[4]) {
+  load_strips<Values::bits, kEvenValues, kColumns, 4>(record + Values::codes, block * kParts + b, S * D / 8, g, j, strips);
+}
+
+// sums.out += p V of a block; p [4][4] as softmax_step leaves it. strips: of the first channels.
+DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4], ValueStrip (&strips)[4], Sums& sums, int g,
+                       int j) {
   uint32_t weights[4][2], scaled[4][2];  // B fragments: rows are tokens 16 i + 4 j + (0, 2) and (1, 3)
   constexpr uint32_t kTwoTo12F16 = 0x6c006c00u;
   uint32_t unit = 0;
@@ -359,8 +388,8 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
 
 #pragma unroll
   for (int b = 0; b < kParts; b++) {
-    ValueStrip strips[4];
-    load_strips<Values::bits, kEvenValues, kColumns, 4>(record + Values::codes, block * kParts + b, S * D / 8, g, j, strips);
+    ValueStrip next[4];
+    if (b + 1 < kParts) load_value_strips(record, block, b + 1, g, j, next);
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -369,6 +398,9 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
         strips[i].unpack(t, a);
         mma_f16(sums.out[b * kTiles + t], a[0], a[1], a[2], a[3], scaled[i][0], scaled[i][1]);
       }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (b + 1 < kParts) strips[i] = next[i];
   }
 
   if constexpr (Values::outliers > 0) {
@@ -380,10 +412,8 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
         const uint2 words = *(const uint2*)(record + Values::outlier_value + 2 * (o * S + token));
         // A one-hot 1.0 in fp16 reads as 2^-7 in bf16; with 2^-17 this joins codes worth 2^-24.
         const float lift = kUnitWorth * 0x1p-17f;
-        const uint32_t even = pack_bf16(low_bf16(words.x) * lift, low_bf16(words.y) * lift);
-        const uint32_t odd = pack_bf16(high_bf16(words.x) * lift, high_bf16(words.y) * lift);
-        const uint32_t b0 = mul_bf16(transpose(pack_bf16(p[i][0], p[i][1])), even);
-        const uint32_t b1 = mul_bf16(transpose(pack_bf16(p[i][2], p[i][3])), odd);
+        const uint32_t b0 = mul_bf16(transpose(pack_bf16(p[i][0] * lift, p[i][1] * lift)), permute(words.x, words.y, 0x5410));
+        const uint32_t b1 = mul_bf16(transpose(pack_bf16(p[i][2] * lift, p[i][3] * lift)), permute(words.x, words.y, 0x7632));
         const uint32_t index = *(const uint32_t*)(record + Values::outlier_index + o * S + token);
         const uint32_t mine = (0x6400u + 2 * g) * 0x10001u;  // less this, an index is the tile's first channel or its second
         const uint32_t i0 = sub_f16(permute(index, 0x64646464u, 0x4240), mine);
@@ -409,6 +439,21 @@ DEVICE void add_values(const uint8_t* record, int block, const float (&p)[4][4],
       mma_bf16(sums.out[m], permute(first, second, 0x5410), permute(first, second, 0x7632), 0, 0, x, 0);
     }
   }
+}
+
+// The tokens of a block from `first` on.
+DEVICE void attend_block(const Args& args, const uint8_t* record, int block, int token, int first, const Queries& q,
+                         Sums& sums, int g, int j) {
+  float scores[4][4];
+  const float base[2] = {sums.base(0), sums.base(1)}, none[2] = {0.f, 0.f};
+  key_scores(record, block, q, score_scaling(args), Options::softcap ? none : base, g, j, scores);
+  if constexpr (Options::softcap) cap_scores<4>(scores, args, base);
+  if constexpr (Options::window) mask_scores<4>(scores, token, first, token + kRows, g);
+  else mask_scores<1>(*(float(*)[1][4])&scores, token, first, token + kRows, g);  // only sinks, of the first tile
+  ValueStrip strips[4];  // on their way while the weights are computed
+  load_value_strips(record, block, 0, g, j, strips);
+  softmax_step<4>(scores, sums);
+  add_values(record, block, scores, strips, sums, g, j);
 }
 
 // From sums of codes to sums of values, all rows alike.
@@ -443,10 +488,11 @@ DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const uint32_t (
 #pragma unroll
     for (int w = 0; w < kWords; w++) mma_bf16(scores[0], low[w].x, high[w].x, low[w].y, high[w].y, q[b][w][0], q[b][w][1]);
   }
-  const float scaling = score_scaling(args);
+  const float scaling = score_scaling(args), base[2] = {sums.base(0), sums.base(1)};
 #pragma unroll
-  for (int c = 0; c < 4; c++) scores[0][c] *= scaling;
-  finish_scores<1>(scores, args, token, first, last, g);
+  for (int c = 0; c < 4; c++) scores[0][c] = scores[0][c] * scaling - (Options::softcap ? 0.f : base[c & 1]);
+  if constexpr (Options::softcap) cap_scores<1>(scores, args, base);
+  mask_scores<1>(scores, token, first, last, g);
   softmax_step<1>(scores, sums);
   const uint32_t b0 = transpose(pack_bf16(scores[0][0], scores[0][1])), b1 = transpose(pack_bf16(scores[0][2], scores[0][3]));
   mma_bf16(sums.total, kOnesBf16, kOnesBf16, kOnesBf16, kOnesBf16, b0, b1);
@@ -496,12 +542,12 @@ DEVICE void merge_warps(Sums& sums, float* shared, float* merged, int warp, int 
     float* row = shared + (warp * kQueries + 2 * j + (c & 1)) * kMergeRow;
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++) row[16 * m + 2 * g + c / 2] = sums.out[m][c];
-    if (g == 0 && c < 2) row[D] = sums.peak[c], row[D + 1] = sums.total[c];
+    if (g == 0 && c < 2) row[D] = sums.total[c] == 0.f ? kLowest : sums.peak[c], row[D + 1] = sums.total[c];
   }
   __syncthreads();
   for (int x = thread; x < kQueries * D; x += kThreads) {
     const int query = x / D, channel = x % D;
-    float peak = -1e30f, total = 0.f, sum = 0.f;
+    float peak = kLowest, total = 0.f, sum = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; w++) peak = fmaxf(peak, shared[(w * kQueries + query) * kMergeRow + D]);
 #pragma unroll
@@ -512,7 +558,7 @@ DEVICE void merge_warps(Sums& sums, float* shared, float* merged, int warp, int 
       sum += weight * row[channel];
     }
     merged[query * kMergeRow + channel] = total > 0.f || total != total ? sum / total : 0.f;
-    if (channel == 0) merged[query * kMergeRow + D] = total > 0.f ? peak + log2f(total) : total != total ? total : -1e30f;
+    if (channel == 0) merged[query * kMergeRow + D] = total > 0.f ? peak + log2f(total) : total != total ? total : kLowest;
   }
   __syncthreads();
 }
@@ -623,13 +669,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
       return args.pool + pages[page] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
     };
     Queries queries;
+    const int first_coded = max(first_token, Page::sink_tokens);
     const auto attend = [&](int page, int block, int place) {  // the record lies at a place of the ring
-      const uint8_t* record = ring + place * Page::record_bytes;
-      float scores[4][4];
-      key_scores(record, block, queries, score_scaling(args), g, j, scores);
-      finish_scores<4>(scores, args, page * S + block * kRows, max(first_token, Page::sink_tokens), length, g);
-      softmax_step<4>(scores, sums);
-      add_values(record, block, scores, sums, g, j);
+      const int token = page * S + block * kRows;
+      attend_block(args, ring + place * Page::record_bytes, block, token, first_coded, queries, sums, g, j);
     };
 #if __CUDA_ARCH__ >= 900
     const auto fill = [&](int stage, int first, int count) {  // one thread: pages [first, first + count), if any
