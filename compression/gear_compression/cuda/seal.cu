@@ -48,12 +48,17 @@ struct Sealing {
   static constexpr int kRank = R > 0 ? R : 1;
   static constexpr int O = Part::outliers;
   static constexpr float kLevels = (1 << Part::bits) - 1;
+  // The factors are fitted to the matrix itself, or to one of float32 beside it: what its codes miss, without outliers.
+  static constexpr bool kTargetApart = R > 0 && (!Part::low_rank_first || O > 0);
+  static constexpr int kTargetStride = D + 1;
 
   uint16_t* x;     // [S, kStride] bf16
   float* a;        // [S, R]: factors of the tokens, then as they read back
   float* b;        // [D, R]
   float* scale;    // [G, V], first the largest entry
   float* zero;     // [G, V], first the smallest
+  float* inverse;  // [G, V] of scale
+  float* apart;    // [S, kTargetStride]
   uint8_t* index;  // [V, O]: outliers
   float* scratch;  // [32]
   uint8_t* record;
@@ -64,7 +69,9 @@ struct Sealing {
     b = a + S * R;
     scale = b + D * R;
     zero = scale + G * V;
-    scratch = zero + G * V;
+    inverse = zero + G * V;
+    apart = inverse + G * V;
+    scratch = apart + (kTargetApart ? S * kTargetStride : 0);
     x = (uint16_t*)(scratch + 32);
     index = (uint8_t*)(x + S * kStride);
   }
@@ -80,7 +87,7 @@ struct Sealing {
   }
   DEVICE int code_of(float rest, int v, int i) const {
     const int at = i / Part::group_size * V + v;
-    return (int)fminf(fmaxf(rintf((rest - zero[at]) / scale[at]), 0.f), kLevels);
+    return (int)fminf(fmaxf(rintf((rest - zero[at]) * inverse[at]), 0.f), kLevels);
   }
   DEVICE float dequantized(int code, int v, int i) const {
     const int at = i / Part::group_size * V + v;
@@ -92,10 +99,23 @@ struct Sealing {
     for (int r = 0; r < R; r++) own[r] = (IS_KEYS ? b : a)[v * R + r];
   }
   DEVICE float product(int i, const float (&own)[kRank]) const {
-    float sum = 0.f;
+    float other[kRank], sum = 0.f;
+    load_factors((IS_KEYS ? a : b) + i * R, other);
 #pragma unroll
-    for (int r = 0; r < R; r++) sum += own[r] * (IS_KEYS ? a : b)[i * R + r];
+    for (int r = 0; r < R; r++) sum += own[r] * other[r];
     return sum;
+  }
+  DEVICE static void load_factors(const float* row, float (&out)[kRank]) {  // in as wide loads as the rank allows
+#pragma unroll
+    for (int r = 0; r < R; r += 4) {
+      if (R % 4 == 0) {
+        const float4 y = *(const float4*)(row + r);
+        out[r] = y.x, out[r + 1] = y.y, out[r + 2] = y.z, out[r + 3] = y.w;
+      } else {
+#pragma unroll
+        for (int k = r; k < R && k < r + 4; k++) out[k] = row[k];
+      }
+    }
   }
   // What the codes are computed from.
   DEVICE float rest(int v, int i, const float (&own)[kRank]) const {
@@ -103,13 +123,18 @@ struct Sealing {
     if (R > 0 && Part::low_rank_first) y -= product(i, own);
     return y;
   }
-  // What the factors are fitted to: the matrix, or what its codes miss; nothing at sinks and outliers.
   DEVICE float target(int token, int channel) const {
-    const int v = IS_KEYS ? channel : token, i = IS_KEYS ? token : channel;
-    if (token < num_sinks || (O > 0 && is_outlier(v, i))) return 0.f;
-    float y = exact(token, channel);
-    if (!Part::low_rank_first) y -= dequantized(code_of(y, v, i), v, i);
-    return y;
+    return kTargetApart ? apart[token * kTargetStride + channel] : exact(token, channel);
+  }
+  DEVICE void set_target_apart() {  // nothing at sinks and outliers
+    for (int at = threadIdx.x; at < S * D; at += kThreads) {
+      const int token = at / D, channel = at % D, v = IS_KEYS ? channel : token, i = IS_KEYS ? token : channel;
+      float y = exact(token, channel);
+      if (!Part::low_rank_first) y -= dequantized(code_of(y, v, i), v, i);
+      if (token < num_sinks || (O > 0 && is_outlier(v, i))) y = 0.f;
+      apart[token * kTargetStride + channel] = y;
+    }
+    __syncthreads();
   }
 
   DEVICE void select_outliers() {  // o / 2 smallest, then o / 2 largest; of equals the earlier counts as smaller
@@ -179,40 +204,48 @@ struct Sealing {
   DEVICE void project(float times) {  // b = times * targetᵀ a
     for (int channel = threadIdx.x; channel < D; channel += kThreads) {
       float sum[kRank] = {};
+#pragma unroll 4
       for (int token = 0; token < S; token++) {
-        const float y = target(token, channel) * times;
+        const float y = target(token, channel);
+        float row[kRank];
+        load_factors(a + token * R, row);
 #pragma unroll
-        for (int r = 0; r < R; r++) sum[r] += y * a[token * R + r];
+        for (int r = 0; r < R; r++) sum[r] += y * row[r];
       }
 #pragma unroll
-      for (int r = 0; r < R; r++) b[channel * R + r] = sum[r];
+      for (int r = 0; r < R; r++) b[channel * R + r] = sum[r] * times;
     }
     __syncthreads();
   }
 
   // a bᵀ ≈ target by subspace iteration from a fixed start; a orthonormal.
   DEVICE void fit(const float* start) {
+    if constexpr (kTargetApart) set_target_apart();
     float largest = kTiny;
     for (int at = threadIdx.x; at < S * D; at += kThreads) largest = fmaxf(largest, fabsf(target(at / D, at % D)));
     largest = block_max(largest, scratch);
     const float times = 1.f / largest;
     for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] = start[at % R * S + at / R];
     __syncthreads();
-    orthonormalize();
-    for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll 1
+    for (int round = 0;; round++) {
+      orthonormalize();
+      if (round == ROUNDS) break;
       project(times);
       for (int token = threadIdx.x; token < S; token += kThreads) {
         float sum[kRank] = {};
+#pragma unroll 4
         for (int channel = 0; channel < D; channel++) {
-          const float y = target(token, channel) * times;
+          const float y = target(token, channel);
+          float row[kRank];
+          load_factors(b + channel * R, row);
 #pragma unroll
-          for (int r = 0; r < R; r++) sum[r] += y * b[channel * R + r];
+          for (int r = 0; r < R; r++) sum[r] += y * row[r];
         }
 #pragma unroll
-        for (int r = 0; r < R; r++) a[token * R + r] = sum[r];
+        for (int r = 0; r < R; r++) a[token * R + r] = sum[r] * times;
       }
       __syncthreads();
-      orthonormalize();
     }
     project(1.f);
   }
@@ -327,6 +360,7 @@ struct Sealing {
         scale[at] = count * unit;
       }
       if (Part::symmetric) zero[at] = scale[at] * (-kLevels * 0.5f);
+      inverse[at] = 1.f / scale[at];
     }
     if (Part::scale_bits == 8 && threadIdx.x == 0) {
       ((uint16_t*)(record + Part::unit))[0] = scale_unit;
@@ -389,15 +423,18 @@ DEVICE void seal_part(const Args& args, uint8_t* shared, int page, int layer, in
   Sealing<Part, IS_KEYS> sealing(shared, record, num_sinks);
   const int64_t runs_start = args.runs_start + layer * args.runs_stride;
   const uint16_t* rows = IS_KEYS ? args.keys : args.values;
-  for (int at = threadIdx.x; at < S * (D / 2); at += kThreads) {
-    const int token = at / (D / 2), pair = at % (D / 2);
+#pragma unroll 4
+  for (int at = threadIdx.x; at < S * (D / 8); at += kThreads) {
+    const int token = at / (D / 8), eighth = at % (D / 8);
     const uint16_t* from =
         exact_token(args.pool, args.slot_bytes, runs_start, rows, args.pages, page, head, IS_KEYS ? 0 : 1, token);
-    uint32_t y = *(const uint32_t*)(from + 2 * pair);
+    uint4 y = *(const uint4*)(from + 8 * eighth);
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
     if (token < Page::sink_tokens)  // room that every page has
-      *(uint32_t*)(record + Part::sinks + 2 * (token * D + 2 * pair)) = token < num_sinks ? y : 0u;
-    if (token < num_sinks) y = 0;  // exact elsewhere: they must not weigh in the statistics
-    *(uint32_t*)(sealing.x + token * kStride + 2 * pair) = y;
+      *(uint4*)(record + Part::sinks + 2 * (token * D + 8 * eighth)) = token < num_sinks ? y : nothing;
+    if (token < num_sinks) y = nothing;  // exact elsewhere: they must not weigh in the statistics
+    uint32_t* to = (uint32_t*)(sealing.x + token * kStride + 8 * eighth);
+    to[0] = y.x, to[1] = y.y, to[2] = y.z, to[3] = y.w;
   }
   __syncthreads();
   sealing.run(IS_KEYS ? args.key_start : args.value_start);

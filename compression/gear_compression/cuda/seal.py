@@ -45,12 +45,11 @@ class _Args(ctypes.Structure):
 
 def _shared_bytes(layout: PageLayout, layer: int) -> int:
     S, D = layout.page_size, layout.head_dim
-    sizes = [
-        S * (D + 2) * 2
-        + 4 * (S * part.rank + D * part.rank + 2 * part.num_groups * part.num_vectors + 32)
-        + part.num_vectors * part.outliers
-        for part in (layout.layers[layer].keys, layout.layers[layer].values)
-    ]
+    sizes = []
+    for part in (layout.layers[layer].keys, layout.layers[layer].values):
+        target_apart = part.rank > 0 and (not part.low_rank_first or part.outliers > 0)
+        floats = part.rank * (S + D) + 3 * part.num_groups * part.num_vectors + target_apart * S * (D + 1) + 32
+        sizes.append(4 * floats + 2 * S * (D + 2) + part.num_vectors * part.outliers)
     return -(-max(sizes) // 16) * 16
 
 

@@ -111,14 +111,17 @@ def prefill_attention(
     H = past_k.shape[0]
     tokens, heads = tokens_of_a_tile(page_size), heads_of_a_tile(page_size, Q // H)
     out = torch.empty_like(q)
+    fused = rotation is not None and D <= 128  # a larger matrix of signs would not fit beside the tiles
     block_n = 128 if page_size % 128 == 0 and D <= 128 else 64
     _prefill[(tiles.shape[0], Q // heads)](
-        q, past_k, past_v, own_k, own_v, out, tiles, rotation if rotation is not None else q, scaling, softcap,
+        q, past_k, past_v, own_k, own_v, out, tiles, rotation if fused else q, scaling, softcap,
         q.stride(0), own_k.stride(0), past_k.stride(0),
         D=D, D_POW2=triton.next_power_of_2(D), GROUP=Q // H, HEADS=heads, TOKENS=tokens,
-        BLOCK_N=block_n, WINDOW=window, HAS_CAP=softcap > 0, ROTATE=rotation is not None,
+        BLOCK_N=block_n, WINDOW=window, HAS_CAP=softcap > 0, ROTATE=fused,
         num_warps=8, num_stages=3 if D <= 128 else 2,
     )  # fmt: skip
+    if rotation is not None and not fused:
+        out = (out.float() @ rotation * (D & -D) ** -0.5).to(q.dtype)
     return out
 
 
