@@ -67,8 +67,12 @@ def test_sealed_pages_are_those_of_the_definition(name: str, head_dim: int) -> N
         assert torch.equal(sealed[1], alone[1])  # whatever else is sealed
         k, v = kv[layer].view(2, PAGES, S, 2, head_dim)
         want = compress_pages(k, v, layout, first, layer)
-        # Sums run in another order: a value on the edge between two codes may take the other one.
-        assert float((sealed != want).float().mean()) < 0.03
+        for part in layout.layers[layer].keys, layout.layers[layer].values:
+            codes = slice(part.codes, part.tokens_factor)
+            different = float((sealed != want)[:, :, codes].float().mean())
+            # Sums run in another order: a value on the edge between two codes may take the other one. Codes of what
+            # factors leave over follow every rounding of theirs.
+            assert different < (0.06 if part.rank and part.low_rank_first else 0.002)
         for one, other, exact in zip(
             decompress_pages(sealed, layout, first, layer),
             decompress_pages(want, layout, first, layer),
