@@ -9,6 +9,7 @@ other has both fewer bits and a smaller KL.
 import argparse
 import datetime
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gear_compression.config import GearConfig, PartConfig
+from gear_compression.config import GearConfig, LayerConfig, PartConfig
 from gear_engine.fidelity.subjects import exact_subject, format_subject, subjects
 from gear_engine.fidelity.teacher_forced import compare
 from gear_engine.fidelity.texts import cut
@@ -72,8 +73,16 @@ def formats() -> dict[str, GearConfig]:
         "K3g32 V2": replace(BASE, keys=_part(keys["K3g32"]), values=replace(BASE.values, bits=2)),
         "K3r8 V3": replace(BASE, keys=replace(BASE.keys, bits=3), values=replace(BASE.values, bits=3)),
         "K3r8 V2": replace(BASE, keys=replace(BASE.keys, bits=3), values=replace(BASE.values, bits=2)),
+        "K4r8 V4, outer layers K5": _with_layers((0, 1, 2, 27, 28, 29), replace(BASE.keys, bits=5), BASE.values),
+        "K4r8 V4, outer layers V3": _with_layers((0, 1, 2, 27, 28, 29), BASE.keys, replace(BASE.values, bits=3)),
+        "K4r8 V4, inner layers K5": _with_layers(range(6, 24), replace(BASE.keys, bits=5), BASE.values),
     }
     return found
+
+
+def _with_layers(layers: Iterable[int], keys: PartConfig, values: PartConfig) -> GearConfig:
+    """BASE, but for some of the default model's 30 layers. `gear-fidelity --tune` searches these."""
+    return replace(BASE, layers=tuple(LayerConfig(layer, keys, values) for layer in layers))
 
 
 def _part(knobs: dict[str, Any]) -> PartConfig:
@@ -115,7 +124,7 @@ def main() -> None:
     on_front = {row["format"] for row in front(rows)}
     for row in sorted(rows, key=lambda row: row["bits_per_element"]):
         mark = "front" if row["format"] in on_front else ""
-        print(f"{row['format']:<20}{row['bits_per_element']:>7.3f} bits   KL {row['kl_mean']:.5f}   {mark}")
+        print(f"{row['format']:<26}{row['bits_per_element']:>7.3f} bits   KL {row['kl_mean']:.5f}   {mark}")
     if arguments.json:
         result = {
             "date": datetime.date.today().isoformat(),
