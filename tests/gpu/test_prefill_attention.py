@@ -3,8 +3,6 @@
 Without a GPU the same kernel runs in Triton's interpreter, on small shapes.
 """
 
-import os
-
 import pytest
 import torch
 from pools import attend
@@ -12,8 +10,6 @@ from pools import attend
 from gear_compression import PRESETS, layout_for
 from gear_compression.reference.rotation import hadamard
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 CHUNKS = [(0, 300), (128, 100), (130, 1), (640, 129), (70, 200)]  # (tokens before, new tokens)
 
 

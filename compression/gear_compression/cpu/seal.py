@@ -9,10 +9,12 @@ import numpy as np
 
 from gear_compression.cpu.decode import record_at
 from gear_compression.cpu.rows import from_bf16
+from gear_compression.reference.codes import GAUSSIAN_STEP
 from gear_compression.reference.low_rank import NUM_ROUNDS
 from gear_compression.reference.rounding import TINY as _TINY
 
 TINY = np.float32(_TINY)
+GAUSSIAN_STEPS = np.array([GAUSSIAN_STEP.get(bits, np.inf) for bits in range(9)], np.float32)
 EXACT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
 
 
@@ -180,13 +182,14 @@ def subtract_product(x, a, b, is_keys):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**EXACT)
-def store_scales(slab, base, part, low, high, scale, zero):  # type: ignore[no-untyped-def]
+def store_scales(slab, base, part, low, high, mean_square, scale, zero):  # type: ignore[no-untyped-def]
     """Round low, high [G, V] to stored zeros and scales (zero down, scale up) and write both."""
     G, V = low.shape
     levels = np.float32((1 << part.bits) - 1)
     zero_unit, scale_unit = np.float32(0), np.float32(0)
     if part.symmetric:
-        scale[:] = np.maximum(high, -low) * np.float32(2 / levels)
+        step = np.float32(GAUSSIAN_STEPS[part.bits])
+        scale[:] = np.fmin(np.maximum(high, -low) * np.float32(2 / levels), np.sqrt(mean_square) * step)
     else:
         if part.scale_bits == 8:
             zero_unit = from_bf16(bf16_up(max(np.max(np.abs(low)) / np.float32(127), TINY)))
@@ -225,18 +228,20 @@ def quantize(slab, base, part, rest, kept):  # type: ignore[no-untyped-def]
     """Write codes, scales and zeros of rest [V, n]; rest becomes what the codes miss. The range is that of `kept`."""
     V, n = rest.shape
     G, size = part.num_groups, part.group_size
-    low, high = np.zeros((G, V), np.float32), np.zeros((G, V), np.float32)
+    low, high, mean_square = np.zeros((G, V), np.float32), np.zeros((G, V), np.float32), np.zeros((G, V), np.float32)
     for i in range(V):
         for j in range(G):
-            found = False
+            count = 0
             for t in range(j * size, (j + 1) * size):
                 if kept[i, t]:
                     value = rest[i, t]
-                    low[j, i] = min(low[j, i], value) if found else value
-                    high[j, i] = max(high[j, i], value) if found else value
-                    found = True
+                    low[j, i] = min(low[j, i], value) if count else value
+                    high[j, i] = max(high[j, i], value) if count else value
+                    mean_square[j, i] += value * value
+                    count += 1
+            mean_square[j, i] /= max(count, 1)
     scale, zero = np.empty((G, V), np.float32), np.empty((G, V), np.float32)
-    store_scales(slab, base, part, low, high, scale, zero)
+    store_scales(slab, base, part, low, high, mean_square, scale, zero)
     levels = np.float32((1 << part.bits) - 1)
     codes = np.empty((V, n), np.float32)
     for i in range(V):

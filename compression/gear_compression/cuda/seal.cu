@@ -305,22 +305,32 @@ struct Sealing {
     __syncthreads();
   }
 
+  // The step of symmetric codes: the whole range, or where that is wider the best one for a Gaussian (reference/codes.py).
+  DEVICE static float symmetric_step(float most, float mean_square) {
+    const float whole_range = most * (2.f / kLevels);
+    if (Part::bits > 3) return whole_range;
+    return fminf(whole_range, sqrtf(mean_square) * (Part::bits == 2 ? 0.9957f : 0.5860f));
+  }
+
   // Ranges of what is kept, rounded to stored zeros and scales: zeros down, scales up.
   DEVICE void store_scales() {
     for (int v = threadIdx.x; v < V; v += kThreads) {
       float own[kRank];
       own_factors(v, own);
       for (int group = 0; group < G; group++) {
-        float low = 0.f, high = 0.f;
-        bool found = false;
+        float low = 0.f, high = 0.f, squares = 0.f;
+        int count = 0;
         for (int i = group * Part::group_size; i < (group + 1) * Part::group_size; i++) {
           if (token_of(v, i) < num_sinks || (O > 0 && is_outlier(v, i))) continue;
           const float y = rest(v, i, own);
-          low = found ? fminf(low, y) : y;
-          high = found ? fmaxf(high, y) : y;
-          found = true;
+          low = count ? fminf(low, y) : y;
+          high = count ? fmaxf(high, y) : y;
+          squares += y * y;
+          count++;
         }
-        zero[group * V + v] = low, scale[group * V + v] = high;
+        zero[group * V + v] = low;
+        scale[group * V + v] =
+            Part::symmetric ? symmetric_step(fmaxf(high, -low), squares / max(count, 1)) : high;
       }
     }
     __syncthreads();
@@ -330,9 +340,7 @@ struct Sealing {
     if (Part::scale_bits == 8 && !Part::symmetric) zero_unit = bf16_up(fmaxf(block_max(most, scratch) / 127.f, kTiny));
     most = 0.f;
     for (int at = threadIdx.x; at < G * V; at += kThreads) {
-      if (Part::symmetric) {
-        scale[at] = fmaxf(scale[at], -zero[at]) * (2.f / kLevels);
-      } else {
+      if (!Part::symmetric) {
         if (Part::scale_bits == 16) {
           const uint16_t stored = bf16_down(zero[at]);
           ((uint16_t*)(record + Part::zero))[at] = stored;
