@@ -1,6 +1,7 @@
-"""Every query of the dashboard returns data from a real Prometheus that scrapes the real server under load."""
+"""Every query of the dashboard and every metric of the rules has data in a real Prometheus that scrapes the real server."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -15,6 +16,7 @@ from tests.e2e.serving import MODEL, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/gearserve.json").read_text())
+RULES = yaml.safe_load((DEPLOY / "rules.yml").read_text())
 QUERIES = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
@@ -26,6 +28,7 @@ def prometheus(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     configuration = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     configuration["global"]["scrape_interval"] = "1s"
     configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [url.removeprefix("http://")]
+    shutil.copy(DEPLOY / "rules.yml", folder)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{free_port()}"
     process = subprocess.Popen(
@@ -63,6 +66,20 @@ def test_every_query_returns_data(prometheus: str, title: str, expression: str) 
     values = value(prometheus, expression)
     assert values, f"{title}: no data"
     assert all(v == v for v in values), f"{title}: {values}"  # NaN: a histogram without observations
+
+
+def test_every_metric_that_a_rule_names_is_there(prometheus: str) -> None:
+    text = "\n".join(rule["expr"] for group in RULES["groups"] for rule in group["rules"])
+    named = set(re.findall(r"gear_[a-z_]+|\bup\b", text))
+    assert len(named) >= 8
+    for name in named:
+        assert value(prometheus, f"count({name})"), name
+
+
+def test_the_rules_fire_when_they_should_and_not_before() -> None:
+    for command in (["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]):
+        run = subprocess.run(["promtool", *command], cwd=DEPLOY, text=True, capture_output=True, check=False)
+        assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_the_dashboard_is_whole() -> None:
