@@ -1,4 +1,4 @@
-"""Every query of the dashboard and every metric of the rules has data in a real Prometheus that scrapes the real server."""
+"""Every query of the dashboard and every metric of the rules has data: a real Prometheus scrapes the real server."""
 
 import json
 import re

@@ -1,6 +1,7 @@
 """What Prometheus reads: every promised name, from the engine's numbers and the server's clock."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scripted_engine import ScriptedEngine
 
 from gear_engine.protocol import EngineStats, PageError
+from gear_server.metric_docs import VLLM_NAMES, markdown
 from gear_server.metric_table import METRICS
 
 # As in DESIGN.md, "Metrics": dashboards rely on them.
@@ -178,3 +180,9 @@ async def test_openmetrics_is_spoken_to_who_asks_for_it(client: httpx.AsyncClien
     open_metrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert open_metrics.headers["content-type"].startswith("application/openmetrics-text")
     assert open_metrics.text.endswith("# EOF\n")
+
+
+def test_the_page_of_metrics_is_the_tables() -> None:
+    page = Path(__file__).parents[2] / "docs/metrics.md"
+    assert page.read_text() == markdown(), "python -m gear_server.metric_docs > docs/metrics.md"
+    assert set(VLLM_NAMES) <= {spec.name for spec in METRICS}
