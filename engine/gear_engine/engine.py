@@ -65,6 +65,7 @@ class Engine:
                 seed=self._seeds.getrandbits(63) if seed is None else seed,
                 order=(request.priority, self._num_arrivals),
                 arrival_s=time.monotonic(),
+                cache_salt=request.cache_salt,
             )
         )
 

@@ -118,6 +118,7 @@ def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: Mem
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
         eos_token_ids=loaded.eos_token_ids,
+        prefix_cache=config.prefix_cache,
     )
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
     return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size))

@@ -53,7 +53,7 @@ def generate(
             assert output.error is None
             texts[int(output.request_id)] += output.token_ids
         scheduler.check_integrity()
-    assert scheduler.allocator.num_free == num_slots
+    assert scheduler.allocator.num_active == 0
     return texts, runner, scheduler
 
 

@@ -41,9 +41,22 @@ def tiny_layout(preset: str) -> Layout:
     return layout_for(PRESETS[preset], 1, 1, 16, 4)
 
 
-def engine(runner: ScriptedRunner, num_slots: int = 60, chunk: int = 64, preset: str = "near-lossless") -> Engine:
+def engine(
+    runner: ScriptedRunner,
+    num_slots: int = 60,
+    chunk: int = 64,
+    preset: str = "near-lossless",
+    *,
+    max_running: int = 4,
+    prefix_cache: bool = True,
+) -> Engine:
     scheduler = Scheduler(
-        SlotAllocator(num_slots), tiny_layout(preset), max_running=4, max_batch_tokens=chunk, eos_token_ids=[EOS]
+        SlotAllocator(num_slots),
+        tiny_layout(preset),
+        max_running=max_running,
+        max_batch_tokens=chunk,
+        eos_token_ids=[EOS],
+        prefix_cache=prefix_cache,
     )
     return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(400, VOCAB))
 
