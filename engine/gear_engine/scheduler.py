@@ -1,15 +1,16 @@
 """Decides which sequences compute which tokens in the next step, and in which slots. Integers only.
 
 First come, first served within a priority. A sequence that finds no slot takes those of cached pages, and then those of
-the youngest sequence of the lowest priority, which goes on later: its tokens are kept, its sealed pages stay cached
-until they are evicted, and what was evicted is computed again, so nothing is lost.
+the youngest sequence of the lowest priority, which goes on later. Its open page is swapped out to host memory, and so
+are its sealed pages when their slots are needed. Where host memory does not suffice, they are computed again from the
+tokens, which are kept, so nothing is lost.
 """
 
 import bisect
 from collections.abc import Sequence as Many
 
 from gear_compression.layout import Layout
-from gear_engine.prefix_cache import Page, PrefixCache
+from gear_engine.prefix_cache import Move, Page, PrefixCache
 from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_runs, num_slots_for_one, num_slots_held
@@ -27,17 +28,23 @@ class Scheduler:
         max_batch_tokens: int,
         eos_token_ids: Many[int],
         prefix_cache: bool = True,
+        num_host_slots: int = 0,
     ) -> None:
+        """`prefix_cache` off: sequences share nothing. `num_host_slots`: of host memory, to swap pages out to."""
         assert max_batch_tokens >= max_running, "a step must have room for one token of every running sequence"
         self.allocator = allocator
-        self.cache = PrefixCache(allocator, enabled=prefix_cache)
+        self.host = SlotAllocator(num_host_slots)
+        self.cache = PrefixCache(allocator, self.host)
+        self.prefix_cache = prefix_cache
         self.layout = layout
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_preemptions = 0
+        self.num_preemptions = 0  # after which something is computed again
+        self.num_swaps_out = 0
+        self.num_swaps_in = 0
         self.num_prompt_tokens = 0  # of admitted requests, since the start
         self.num_cached_tokens = 0  # of these, found in the cache
         self.num_prefix_hits = 0
@@ -51,6 +58,8 @@ class Scheduler:
         return any(s.request_id == request_id for sequences in (self.waiting, self.running) for s in sequences)
 
     def add(self, sequence: Sequence) -> None:
+        if not self.prefix_cache:
+            sequence.cache_salt = f"{sequence.order}"  # no other sequence's
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)
 
     def abort(self, request_id: str) -> bool:
@@ -66,7 +75,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """Take slots for the next step: a token of every decoding sequence, then chunks of prompts, oldest first."""
         scheduled: list[Scheduled] = []
-        num_preemptions = self.num_preemptions
+        num_waiting = len(self.waiting)
         for decoding in (True, False):
             for sequence in list(self.running):
                 budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
@@ -74,9 +83,10 @@ class Scheduler:
                     item = self._take(sequence, min(sequence.num_to_compute, budget), scheduled)
                     if item is not None:
                         scheduled.append(item)
-        if self.num_preemptions == num_preemptions:  # else what came free is not there to be taken again at once
+        if len(self.waiting) == num_waiting:  # else a sequence lost its slots, and is not to take others' at once
             self._admit(scheduled)
-        return Batch(scheduled)
+        moves, self.cache.moves = self.cache.moves, []
+        return Batch(scheduled, moves)
 
     def _admit(self, scheduled: list[Scheduled]) -> None:
         """Let waiting sequences in, oldest first, each with the pages of its prefix that are in the pool already.
@@ -115,17 +125,13 @@ class Scheduler:
         preempted.
         """
         wanted = self._reusable(sequence)[len(found) : len(found) + 1]
-        return (
-            bool(wanted)
-            and self.cache.enabled
-            and any(
-                len(other.pages) == len(found)
-                and other.order < sequence.order
-                and other.cache_salt == sequence.cache_salt
-                and other.pages[-1:] == found[-1:]
-                and other.page_tokens(self.layout.page_size)[len(found) : len(found) + 1] == wanted
-                for other in self.running
-            )
+        return bool(wanted) and any(
+            len(other.pages) == len(found)
+            and other.order < sequence.order
+            and other.cache_salt == sequence.cache_salt
+            and other.pages[-1:] == found[-1:]
+            and other.page_tokens(self.layout.page_size)[len(found) : len(found) + 1] == wanted
+            for other in self.running
         )
 
     def _has_room(self, sequence: Sequence, found: list[Page], scheduled: list[Scheduled]) -> bool:
@@ -135,22 +141,45 @@ class Scheduler:
         """
         if not self.running:
             return True
-        available = self.allocator.num_free + self.allocator.num_cached - sum(not page.num_holders for page in found)
+        resident = [page for page in found if not page.in_host]
+        available = self.allocator.num_free + self.allocator.num_cached - sum(not p.num_holders for p in resident)
         granted = sum(len(item.taken_slots) for item in scheduled)
-        promised = sum(self._slots_to_come(other) for other in [*self.running, sequence]) - len(found)
+        promised = sum(self._slots_to_come(other) for other in [*self.running, sequence]) - len(resident)
         in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
         return available + granted >= promised + in_flight
 
     def _start(self, sequence: Sequence, found: list[Page], budget: int) -> Scheduled | None:
-        """Its first chunk, after the pages `found`; None if there are no slots for it."""
-        self.cache.hold(found)
-        sequence.pages, sequence.num_computed = found, len(found) * self.layout.page_size
+        """Its first chunk, after the pages `found` and its open page if it was swapped out; None: no slots for it."""
+        num_found = len(found) * self.layout.page_size
+        resumes = num_found <= sequence.num_swapped < num_found + self.layout.page_size
+        if not self.cache.hold(found):
+            return None
+        runs = self.cache.take(len(sequence.host_slots) if resumes else 0)
+        if runs is None:
+            self.cache.release(found)
+            return None
+        sequence.pages, sequence.open_slots = found, runs
+        sequence.num_computed = sequence.num_swapped if resumes else num_found
         item = self._try(sequence, min(sequence.num_to_compute, budget))
         if item is None:
-            self._release(sequence)
-        elif not sequence.was_scheduled:
-            sequence.num_cached = sequence.num_computed
+            self._let_go(sequence)
+            return None
+        if not sequence.was_scheduled:
+            sequence.num_cached = num_found
+        if sequence.num_swapped:
+            self._end_swap(sequence)
         return item
+
+    def _end_swap(self, sequence: Sequence) -> None:
+        """It runs again: with the bytes that it had, or without them if pages of it were dropped meanwhile."""
+        if sequence.num_computed >= sequence.num_swapped:
+            self.num_swaps_in += 1
+        else:
+            self.num_preemptions += 1
+        for slot, host_slot in zip(sequence.open_slots, sequence.host_slots, strict=False):  # none, if it starts over
+            self.cache.moves.append(Move(slot, host_slot, out=False))
+        self.host.give_back(sequence.host_slots)
+        sequence.host_slots, sequence.num_swapped = [], 0
 
     def _slots_to_come(self, sequence: Sequence) -> int:
         """Slots that its known tokens and the next one still need."""
@@ -196,13 +225,27 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting with all its tokens and none of its slots; its sealed pages it may find again."""
         self.running.remove(sequence)
-        self._release(sequence)
-        self.num_preemptions += 1
+        host_slots = self.cache.take_host(len(sequence.open_slots)) if self.host.num_slots else None
+        if host_slots is None:
+            self.num_preemptions += 1
+        else:
+            self.num_swaps_out += 1
+            sequence.num_swapped, sequence.host_slots = sequence.num_computed, host_slots
+            for slot, host_slot in zip(sequence.open_slots, host_slots, strict=True):
+                self.cache.moves.append(Move(slot, host_slot, out=True))
+        self._let_go(sequence)
         self.add(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        """It has ended: its pages are for others now, if they may be shared."""
+        self.host.give_back(sequence.host_slots)
+        sequence.host_slots, sequence.num_swapped = [], 0
+        self._let_go(sequence, keep=self.prefix_cache)
+
+    def _let_go(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Of its slots in the pool."""
         self.allocator.give_back(sequence.open_slots)
-        self.cache.release(sequence.pages)
+        self.cache.release(sequence.pages, keep=keep)
         sequence.pages, sequence.open_slots, sequence.num_computed = [], [], 0
 
     def commit(self, batch: Batch, tokens: dict[str, int], failed: dict[str, str]) -> list[RequestOutput]:
@@ -263,18 +306,22 @@ class Scheduler:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
+            num_swapped=sum(s.num_swapped > 0 for s in self.waiting),
             pages_free=self.allocator.num_free,
             pages_active=self.allocator.num_active,
             pages_cached=self.allocator.num_cached,
             kv_tokens=num_sealed * page_size + sum(s.num_computed % page_size for s in self.running),
             kv_sealed_bytes=num_sealed * page_bytes,
             kv_open_bytes=num_open * page_bytes,
+            kv_swapped_bytes=self.host.num_active * page_bytes,
             kv_peak_bytes=self.allocator.peak_active * page_bytes,
             prompt_tokens_total=self.num_prompt_tokens,
             cached_tokens_total=self.num_cached_tokens,
             prefix_hits_total=self.num_prefix_hits,
             generation_tokens_total=self.num_generated,
             peak_memory_bytes=peak_memory_bytes,
+            swaps_out_total=self.num_swaps_out,
+            swaps_in_total=self.num_swaps_in,
             preemptions_total=self.num_preemptions,
         )
 
@@ -287,3 +334,6 @@ class Scheduler:
         assert len(active) == len(set(active)) == self.allocator.num_active
         assert all(len(s.pages) == s.num_computed // self.layout.page_size for s in self.running)
         assert not any(s.pages or s.open_slots for s in self.waiting)
+        swapped = [slot for s in self.waiting for slot in s.host_slots] + self.cache.host_slots()
+        assert len(swapped) == len(set(swapped)) == self.host.num_active
+        assert not any(s.host_slots or s.num_swapped for s in self.running)

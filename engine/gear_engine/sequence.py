@@ -6,7 +6,7 @@ All mutable state of a request lives here, and only the scheduler changes it.
 from array import array
 from dataclasses import dataclass, field
 
-from gear_engine.prefix_cache import Page
+from gear_engine.prefix_cache import Move, Page
 from gear_engine.protocol import SamplingParams
 
 
@@ -25,6 +25,8 @@ class Sequence:
     pages: list[Page] = field(default_factory=list)  # may be shared with other sequences
     open_slots: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_swapped: int = 0  # [0 .. num_swapped) had been computed when it was swapped out; 0: it was not
+    host_slots: list[int] = field(default_factory=list)  # the runs of its open page then, in host memory
     num_cached: int = 0  # prompt tokens that were in the pool when it was first scheduled
     was_scheduled: bool = False
     _page_tokens: list[bytes] = field(default_factory=list)
@@ -61,9 +63,10 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step runs: decodes first, then prompt chunks."""
+    """What one step runs: decodes first, then prompt chunks; and before that, what is copied to and from the host."""
 
     scheduled: list[Scheduled]
+    moves: list[Move]
 
     @property
     def num_tokens(self) -> int:

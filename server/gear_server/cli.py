@@ -87,6 +87,15 @@ def serve(
     max_waiting: Annotated[
         int | None, _option("--max-waiting", "Requests that may wait; one more gets 429.", _engine.max_waiting)
     ] = None,
+    swap_space: Annotated[
+        str | None,
+        _option(
+            "--swap-space",
+            "Host memory for pages of requests that must wait: a size such as 2GiB, or 0 to compute them again; "
+            "auto: up to 4GiB.",
+            _engine.swap_space,
+        ),
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         _option(

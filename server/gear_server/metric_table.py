@@ -105,7 +105,8 @@ METRICS: tuple[MetricSpec, ...] = (
         read=lambda stats, info: [(("out",), stats.swaps_out_total), (("in",), stats.swaps_in_total)],
     ),
     MetricSpec(
-        "gear_preemptions_total", "counter", "Sequences dropped and prefilled again.", read=_field("preemptions_total")
+        "gear_preemptions_total", "counter", "Sequences whose pages were lost and are computed again.",
+        read=_field("preemptions_total"),
     ),
     MetricSpec(
         "gear_kv_compression_ratio", "gauge",

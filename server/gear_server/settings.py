@@ -65,6 +65,7 @@ class Settings(BaseModel):
     max_running: AtLeastOne | None = None
     max_batch_tokens: AtLeastOne | None = None
     max_waiting: Annotated[int, Field(ge=0)] | None = None
+    swap_space: Annotated[str | None, BeforeValidator(_number_to_text)] = None
     prefix_cache: bool | None = None
 
     @property

@@ -151,7 +151,7 @@ def test_two_that_seal_the_same_page_in_one_step_keep_one_of_them() -> None:
 
 def test_the_longest_unused_goes_first_and_of_a_chain_the_end() -> None:
     allocator = SlotAllocator(4)
-    cache = PrefixCache(allocator)
+    cache = PrefixCache(allocator, SlotAllocator(0))
 
     def chain(salt: str, *pages: bytes) -> None:
         held = cache.find(salt, pages)
