@@ -94,7 +94,9 @@ def main() -> None:
         max(BATCHES) * arguments.context
     )  # all prompts in one step, as `generate` does, so that decodes stay together
     engines = {
-        preset: LLM(preset=preset, max_model_len=2048, max_running=max(BATCHES), max_batch_tokens=step)
+        preset: LLM(
+            preset=preset, max_model_len=2048, max_running=max(BATCHES), max_batch_tokens=step, prefix_cache=False
+        )
         for preset in PRESETS
     }
     folder = engines[PRESETS[0]].info.model_path

@@ -187,7 +187,7 @@ class EngineClient:
                 logger.exception("a listener of engine steps failed")
 
     def submit(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0
+        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
     ) -> "RequestStream":
         """Queue a request now and return its outputs, the last with `finish_reason`.
 
@@ -200,7 +200,7 @@ class EngineClient:
         if self.num_requests >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(self.num_requests - self.config.max_running)
         assert request_id not in self._streams, f"request id {request_id} is in use"
-        self._send(AddRequest(request_id, token_ids, params, priority))
+        self._send(AddRequest(request_id, token_ids, params, priority, cache_salt))
         stream = self._streams[request_id] = RequestStream(request_id, self)
         return stream
 

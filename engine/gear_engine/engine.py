@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, one synchronous and deterministic step at a time.
 
-`step` reads schedule → run → sample → commit; speed goes around it, not into it.
+`step` reads schedule → move → run → sample → commit; speed goes around it, not into it.
 """
 
 import logging
@@ -65,6 +65,7 @@ class Engine:
                 seed=self._seeds.getrandbits(63) if seed is None else seed,
                 order=(request.priority, self._num_arrivals),
                 arrival_s=time.monotonic(),
+                cache_salt=request.cache_salt,
             )
         )
 
@@ -84,6 +85,7 @@ class Engine:
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
         page_errors: list[PageError] = []
+        self.runner.move(batch.moves)
         for part, result in self._run(batch.scheduled, failed):
             self._sample(part, result, tokens, failed)
             page_errors += result.page_errors

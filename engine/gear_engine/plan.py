@@ -17,7 +17,9 @@ from gear_engine.protocol import EngineStartError, MemoryRow
 from gear_engine.slots import num_slots_for_one, num_slots_held
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?(B)?"
 DEFAULT_FRACTION = 0.5  # of a host's memory, which other programs need too
+DEFAULT_SWAP_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class MemoryPlan:
     weights_bytes: int
     activations_bytes: int
     num_pages: int
+    num_host_pages: int  # of swap space; on a CPU they are of the same memory
     max_model_len: int  # tokens
     max_running: int
     layout: Layout
@@ -39,8 +42,12 @@ class MemoryPlan:
         return self.num_pages * self.layout.page_bytes
 
     @property
+    def swap_bytes(self) -> int:
+        return self.num_host_pages * self.layout.page_bytes
+
+    @property
     def headroom_bytes(self) -> int:
-        taken = self.runtime_bytes + self.weights_bytes + self.activations_bytes + self.pages_bytes
+        taken = self.runtime_bytes + self.weights_bytes + self.activations_bytes + self.pages_bytes + self.swap_bytes
         return self.budget_bytes - taken
 
     @property
@@ -63,6 +70,7 @@ class MemoryPlan:
             MemoryRow("weights", self.weights_bytes),
             MemoryRow("activations", self.activations_bytes),
             MemoryRow("pages", self.pages_bytes),
+            MemoryRow("swap", self.swap_bytes),
             MemoryRow("headroom", self.headroom_bytes),
         ]
 
@@ -96,7 +104,7 @@ def parse_memory(memory: str, total_bytes: int) -> int:
     """ "auto", a fraction such as 0.9, or a size such as 8GiB → bytes. Raises EngineStartError for anything else."""
     if memory == "auto":
         return int(DEFAULT_FRACTION * total_bytes)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?(B)?\s*", memory.upper())
+    match = re.fullmatch(_SIZE, memory.strip().upper())
     if match is None:
         raise EngineStartError(f"--memory {memory!r} is neither a fraction such as 0.9 nor a size such as 8GiB")
     value = float(match[1])
@@ -110,6 +118,16 @@ def parse_memory(memory: str, total_bytes: int) -> int:
             f"--memory {memory} is more than the {size(total_bytes)} of this machine: ask for less, or for a fraction"
         )
     return num_bytes
+
+
+def parse_swap_space(swap_space: str, room_bytes: int) -> int:
+    """ "auto", 0, or a size such as 2GiB → bytes. `room_bytes`: for pages and swap space together."""
+    if swap_space == "auto":
+        return min(DEFAULT_SWAP_BYTES, room_bytes // 8)
+    match = re.fullmatch(_SIZE, swap_space.strip().upper())
+    if match is None or not (match[2] or match[3] or float(match[1]) == 0):
+        raise EngineStartError(f"--swap-space {swap_space!r} is neither a size such as 2GiB nor 0, which turns it off")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, rows: int, max_len: int) -> int:
@@ -147,6 +165,7 @@ def plan_memory(
     max_model_len: int | None,
     max_running: int,
     max_batch_tokens: int,
+    swap_space: str = "auto",
 ) -> MemoryPlan:
     """Divide the budget. `max_model_len` None: as long as the model allows and one sequence fits."""
     if max_model_len is not None and max_model_len > max_position:
@@ -158,11 +177,15 @@ def plan_memory(
 
     def planned(length: int) -> MemoryPlan:
         activations = activations_bytes(config, layout, tokens=max_batch_tokens, rows=max_running, max_len=length)
-        left = budget - runtime_bytes - weights_bytes - activations
+        left = max(budget - runtime_bytes - weights_bytes - activations, 0)
+        swap = parse_swap_space(swap_space, left)
         pages = num_pages
-        if pages is None:  # more pages than all running sequences could fill would never be used
-            pages = min(max(left, 0) // layout.page_bytes, max_running * num_slots_for_one(layout, length))
-        return MemoryPlan(total, budget, runtime_bytes, weights_bytes, activations, pages, length, max_running, layout)
+        if pages is None:  # as many as all running sequences could fill
+            pages = min(max(left - swap, 0) // layout.page_bytes, max_running * num_slots_for_one(layout, length))
+        return MemoryPlan(
+            total, budget, runtime_bytes, weights_bytes, activations, pages, swap // layout.page_bytes, length,
+            max_running, layout,
+        )  # fmt: skip
 
     def fits(length: int) -> bool:
         return planned(length).num_pages >= num_slots_for_one(layout, length)
@@ -177,6 +200,7 @@ def plan_memory(
         f"{size(layout.page_bytes)} beside {size(runtime_bytes)} for the program, {size(weights_bytes)} of weights and "
         f"{size(short.activations_bytes)} of activations, and {short.num_pages} pages fit: "
         + ("raise --num-pages" if num_pages is not None else f"raise --memory (now {size(budget)})")
+        + (f" or lower --swap-space (now {size(short.swap_bytes)})" if swap_space != "auto" else "")
         + (" or lower --max-model-len" if max_model_len else " or lower --max-batch-tokens")
     )
 

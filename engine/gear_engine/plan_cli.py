@@ -16,6 +16,9 @@ def plan(
     preset: Annotated[str, typer.Option(help="How pages are stored: a name, or a preset file.")] = "near-lossless",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
     memory: Annotated[str, typer.Option(help="A fraction of the machine's memory, or a size such as 8GiB.")] = "auto",
+    swap_space: Annotated[
+        str, typer.Option(help="Host memory to swap pages out to: a size such as 2GiB, or 0.")
+    ] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
     max_running: Annotated[int, typer.Option(help="Sequences in a batch.")] = 64,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = 512,
@@ -28,6 +31,7 @@ def plan(
         preset=preset,
         dtype=dtype,
         memory=memory,
+        swap_space=swap_space,
         max_model_len=max_model_len,
         max_running=max_running,
         max_batch_tokens=max_batch_tokens,

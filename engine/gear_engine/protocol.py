@@ -33,6 +33,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     token_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first, as in vLLM
+    cache_salt: str = ""  # cached pages are found only by requests of the same salt
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -54,7 +55,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it; also last in token_ids
     error: str | None = None  # with finish_reason "error": one sentence
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when the request began
 
 
 class MemoryRow(msgspec.Struct, frozen=True):
@@ -100,16 +101,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_free: int = 0
     pages_active: int = 0
     pages_cached: int = 0
-    kv_tokens: int = 0  # tokens whose keys and values are in the pool
+    kv_tokens: int = 0  # tokens that running sequences have in the pool; those that they share count once
     kv_sealed_bytes: int = 0
     kv_open_bytes: int = 0
     kv_swapped_bytes: int = 0
     kv_peak_bytes: int = 0  # high-water mark of sealed + open
     peak_memory_bytes: int = 0  # allocator's peak on a GPU, peak RSS of the engine process on a CPU
     prompt_tokens_total: int = 0
-    cached_tokens_total: int = 0
+    cached_tokens_total: int = 0  # of the prompt tokens, found in the prefix cache
     generation_tokens_total: int = 0
-    prefix_hits_total: int = 0
+    prefix_hits_total: int = 0  # requests that began with cached pages
     swaps_out_total: int = 0
     swaps_in_total: int = 0
     preemptions_total: int = 0

@@ -16,6 +16,7 @@ from gear_compression.layout import Layout
 from gear_compression.paged import PagedBatch
 from gear_compression.reference.attention import ReferenceBackend
 from gear_engine.model_loader import LoadedModel
+from gear_engine.prefix_cache import Move
 from gear_engine.protocol import PageError
 from gear_engine.sequence import Scheduled
 
@@ -35,6 +36,8 @@ class Runner(Protocol):
     """What the engine needs of a model; tests put a scripted one in its place."""
 
     def run(self, scheduled: list[Scheduled]) -> RunResult: ...
+
+    def move(self, moves: list[Move]) -> None: ...
 
 
 class PooledAttention:
@@ -78,12 +81,18 @@ class ModelRunner:
     """The model and the pool, on one device."""
 
     def __init__(
-        self, loaded: LoadedModel, layout: Layout, num_slots: int, backend: str | type[CpuBackend] = "cpu"
+        self,
+        loaded: LoadedModel,
+        layout: Layout,
+        num_slots: int,
+        backend: str | type[CpuBackend] = "cpu",
+        num_host_slots: int = 0,
     ) -> None:
         """`backend`: a name, or a class of another CPU backend that is to be compared."""
         self.loaded = loaded
         self.layout = layout
         self.slab = torch.empty(num_slots, layout.page_bytes, dtype=torch.uint8)  # touched when first written
+        self.host_slab = torch.empty(num_host_slots, layout.page_bytes, dtype=torch.uint8)
         kind = BACKENDS[backend] if isinstance(backend, str) else backend
         self.backend = kind(self.slab, layout, loaded.model.dtype)
         if backend == "reference":
@@ -100,6 +109,14 @@ class ModelRunner:
         logits, finite = self._forward(scheduled)
         poisoned = [not bool(rows.all()) for rows in finite.split([item.num_new for item in scheduled])]
         return RunResult(logits, self._page_errors(), poisoned)
+
+    def move(self, moves: list[Move]) -> None:
+        """Copy slots to host memory and back, bit for bit, in the order given."""
+        for move in moves:
+            if move.out:
+                self.host_slab[move.host_slot].copy_(self.slab[move.slot])
+            else:
+                self.slab[move.slot].copy_(self.host_slab[move.host_slot])
 
     def _page_errors(self) -> list[PageError]:
         if isinstance(self.backend, ReferenceBackend):

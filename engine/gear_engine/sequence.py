@@ -3,8 +3,10 @@
 All mutable state of a request lives here, and only the scheduler changes it.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
+from gear_engine.prefix_cache import Move, Page
 from gear_engine.protocol import SamplingParams
 
 
@@ -19,10 +21,15 @@ class Sequence:
     seed: int
     order: tuple[int, int]  # (priority, arrival): the smaller runs first and is preempted last
     arrival_s: float  # time.monotonic() when the request came in
-    pages: list[int] = field(default_factory=list)
+    cache_salt: str = ""  # sequences share pages only with those of the same salt
+    pages: list[Page] = field(default_factory=list)  # may be shared with other sequences
     open_slots: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_swapped: int = 0  # [0 .. num_swapped) had been computed when it was swapped out; 0: it was not
+    host_slots: list[int] = field(default_factory=list)  # the runs of its open page then, in host memory
+    num_cached: int = 0  # prompt tokens that were in the pool when it was first scheduled
     was_scheduled: bool = False
+    _page_tokens: list[bytes] = field(default_factory=list)
 
     @property
     def num_output(self) -> int:
@@ -33,6 +40,12 @@ class Sequence:
         """Tokens whose keys and values are not in the pool: 1 while decoding."""
         return len(self.token_ids) - self.num_computed
 
+    def page_tokens(self, page_size: int) -> list[bytes]:
+        """The known tokens of each full page, computed or not, as they name it in the prefix cache."""
+        for start in range(len(self._page_tokens) * page_size, len(self.token_ids) - page_size + 1, page_size):
+            self._page_tokens.append(array("i", self.token_ids[start : start + page_size]).tobytes())
+        return self._page_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
@@ -42,7 +55,7 @@ class Scheduled:
     start: int
     num_new: int
     samples: bool  # it computes the last known token, so that the next one can be drawn
-    pages: list[int]  # of the sequence after the step: those that it fills are in here
+    pages: list[int]  # slots of its pages after the step: those that it fills are in here
     next_open_slots: list[int]
     spent_slots: list[int]  # runs of a page that the step seals: free once it is done
     taken_slots: list[int]  # what the step took for itself: given back if it is not to run after all
@@ -50,9 +63,10 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step runs: decodes first, then prompt chunks."""
+    """What one step runs: decodes first, then prompt chunks; and before that, what is copied to and from the host."""
 
     scheduled: list[Scheduled]
+    moves: list[Move]
 
     @property
     def num_tokens(self) -> int:

@@ -45,9 +45,12 @@ def start_engine(config: EngineConfig) -> StartedEngine:
     backend = _checked(config)
     folder, loaded, layout, plan = _planned(config)
     try:
-        runner = ModelRunner(loaded, layout, plan.num_pages, backend)
+        runner = ModelRunner(loaded, layout, plan.num_pages, backend, plan.num_host_pages)
     except RuntimeError as error:  # torch cannot get the slab from the system
-        raise EngineStartError(f"cannot allocate {plan.pages_bytes:,} bytes of pages: lower --memory") from error
+        raise EngineStartError(
+            f"cannot allocate {plan.pages_bytes:,} bytes of pages and {plan.swap_bytes:,} to swap them out to: "
+            "lower --memory or --swap-space"
+        ) from error
     _warm_up(_engine(config, loaded, layout, plan, runner))
     engine = _engine(config, loaded, layout, plan, runner)
     return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, _DTYPES[config.dtype][0]))
@@ -76,6 +79,7 @@ def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPla
         max_model_len=config.max_model_len,
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
+        swap_space=config.swap_space,
     )
     return folder, loaded, layout, plan
 
@@ -118,6 +122,8 @@ def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: Mem
         max_running=config.max_running,
         max_batch_tokens=config.max_batch_tokens,
         eos_token_ids=loaded.eos_token_ids,
+        prefix_cache=config.prefix_cache,
+        num_host_slots=plan.num_host_pages,
     )
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
     return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size))

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gear_server.errors import ApiError, error_response
@@ -31,6 +32,13 @@ class RequireKey:
         given = _digest(_bearer_token(scope) or b"")
         # Digests have one length, and every key is compared: time tells nothing about any of them.
         return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+
+
+def cache_salt(request: Request, salt: str, *, isolate_keys: bool) -> str:
+    """What the prefix cache keeps apart: a request's own salt, and with `isolate_keys` who sent it."""
+    if not isolate_keys:
+        return salt
+    return f"{_digest(_bearer_token(request.scope) or b'').hex()} {salt}"  # of one length: no salt imitates a key
 
 
 def _digest(key: bytes) -> bytes:

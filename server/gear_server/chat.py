@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gear_server.auth import cache_salt
 from gear_server.context import Context
 from gear_server.encoding import check_capacity, encode_chat
 from gear_server.generate import Delta, Generation, Plan, Prompt, Usage
@@ -45,6 +46,7 @@ def chat_routes(context: Context) -> APIRouter:
             stop=body.stop,
             include_stop=body.include_stop_str_in_output,
             priority=body.priority,
+            cache_salt=cache_salt(request, body.cache_salt, isolate_keys=context.settings.isolate_keys),
         )
         form = ChatFormat(plan.request_id, model, with_usage_field=body.stream_options is not None)
         return await answer(request, body, Generation(plan, context), form)

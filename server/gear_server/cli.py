@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def _option(name: str, help: str, default: object = None, **more: Any) -> Any:
     """An option that is also GEAR_… in the environment; unset, it leaves the word to the config file."""
-    variable = "GEAR_" + name.removeprefix("--").replace("-", "_").upper()
+    variable = "GEAR_" + name.partition("/")[0].removeprefix("--").replace("-", "_").upper()
     text = help if default is None else f"{help} Default: {default}."
     return typer.Option(name, envvar=variable, help=text, show_default=False, **more)
 
@@ -87,6 +87,23 @@ def serve(
     max_waiting: Annotated[
         int | None, _option("--max-waiting", "Requests that may wait; one more gets 429.", _engine.max_waiting)
     ] = None,
+    swap_space: Annotated[
+        str | None,
+        _option(
+            "--swap-space",
+            "Host memory for pages of requests that must wait: a size such as 2GiB, or 0 to compute them again; "
+            "auto: up to 4GiB.",
+            _engine.swap_space,
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        _option(
+            "--prefix-cache/--no-prefix-cache",
+            "Keep pages of past requests for prompts that begin alike, until their space is needed.",
+            "on",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, _option("--config", "TOML or JSON file with these options as keys; flags and environment win.")
     ] = None,
@@ -95,6 +112,10 @@ def serve(
     ] = None,
     insecure: Annotated[
         bool | None, _option("--insecure", "Allow other machines to connect without an API key.", is_flag=True)
+    ] = None,
+    isolate_keys: Annotated[
+        bool | None,
+        _option("--isolate-keys", "Share cached prompts only among requests with the same API key.", is_flag=True),
     ] = None,
     log_level: Annotated[
         str | None, _option("--log-level", "How much to log: debug, info, warning or error.", "info")

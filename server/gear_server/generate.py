@@ -40,6 +40,7 @@ class Plan:
     stop: list[str]
     include_stop: bool = False
     priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def _submit(plan: Plan, context: Context) -> list[RequestStream]:
                 request_id = f"{plan.request_id}-{len(streams)}"
                 params = for_choice(prompt.params, i)
                 try:
-                    stream = context.engine.submit(request_id, prompt.token_ids, params, plan.priority)
+                    stream = context.engine.submit(request_id, prompt.token_ids, params, plan.priority, plan.cache_salt)
                 except RequestError as error:
                     if error.param == "prompt":
                         error.param = plan.prompt_param

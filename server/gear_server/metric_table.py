@@ -62,7 +62,10 @@ METRICS: tuple[MetricSpec, ...] = (
         "Ended sequences by reason (a request with n choices has n); rejected: HTTP requests refused before they ran.",
         labels=("finish_reason",),
     ),
-    MetricSpec("gear_prompt_tokens_total", "counter", "Prompt tokens taken in.", read=_field("prompt_tokens_total")),
+    MetricSpec(
+        "gear_prompt_tokens_total", "counter", "Prompt tokens taken in, cached ones included.",
+        read=_field("prompt_tokens_total"),
+    ),
     MetricSpec(
         "gear_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.",
         read=_field("cached_tokens_total"),
@@ -88,7 +91,8 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("gear_step_seconds", "histogram", "Duration of an engine step.", buckets=_STEP_BUCKETS),
     MetricSpec("gear_batch_tokens", "histogram", "Tokens computed in an engine step.", buckets=_BATCH_BUCKETS),
     MetricSpec(
-        "gear_pages", "gauge", "Page slots by state: free, active, cached.", labels=("state",),
+        "gear_pages", "gauge", "Page slots: free, active (in use), cached (kept until they are needed).",
+        labels=("state",),
         read=lambda stats, info: [
             (("free",), stats.pages_free), (("active",), stats.pages_active), (("cached",), stats.pages_cached)
         ],
@@ -101,7 +105,8 @@ METRICS: tuple[MetricSpec, ...] = (
         read=lambda stats, info: [(("out",), stats.swaps_out_total), (("in",), stats.swaps_in_total)],
     ),
     MetricSpec(
-        "gear_preemptions_total", "counter", "Sequences dropped and prefilled again.", read=_field("preemptions_total")
+        "gear_preemptions_total", "counter", "Sequences whose pages were lost and are computed again.",
+        read=_field("preemptions_total"),
     ),
     MetricSpec(
         "gear_kv_compression_ratio", "gauge",
@@ -109,7 +114,8 @@ METRICS: tuple[MetricSpec, ...] = (
         read=lambda stats, info: [((), info.kv_compression_ratio)],
     ),
     MetricSpec(
-        "gear_kv_tokens", "gauge", "Tokens whose keys and values are in the pool.", read=_field("kv_tokens")
+        "gear_kv_tokens", "gauge", "Tokens that running sequences have in the pool; shared ones count once.",
+        read=_field("kv_tokens"),
     ),
     MetricSpec(
         "gear_kv_bytes", "gauge", "Bytes of keys and values by state: sealed, open, swapped.", labels=("state",),

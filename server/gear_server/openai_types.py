@@ -134,6 +134,7 @@ class SamplingBody(_Body):
     min_tokens: Int = Field(0, ge=0, description="Nothing ends the answer before that many tokens.")
     ignore_eos: Flag = Field(False, description="Go on after the model's end-of-sequence token.")
     priority: Int32 = Field(0, description="Lower runs first.")
+    cache_salt: str = Field("", max_length=1024, description="Share cached prompts only with requests of this salt.")
     user: Any = Field(None, description="Accepted and not used.")
 
     @model_validator(mode="after")

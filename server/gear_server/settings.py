@@ -52,6 +52,7 @@ class Settings(BaseModel):
     served_model_name: Names = ()
     metrics_port: Port | None = None
     insecure: bool = False
+    isolate_keys: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     device: str | None = None
@@ -64,6 +65,8 @@ class Settings(BaseModel):
     max_running: AtLeastOne | None = None
     max_batch_tokens: AtLeastOne | None = None
     max_waiting: Annotated[int, Field(ge=0)] | None = None
+    swap_space: Annotated[str | None, BeforeValidator(_number_to_text)] = None
+    prefix_cache: bool | None = None
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -75,11 +78,16 @@ class Settings(BaseModel):
         return EngineConfig(**{name: value for name, value in self if name in ENGINE_FIELDS and value is not None})
 
     def check_exposure(self) -> None:
-        """Raise `SettingsError` if anybody on the network could use this server without a key."""
+        """Raise `SettingsError` if anybody on the network could use this server without a key, or if the keys that
+        are to be kept apart are missing."""
         if not self.api_key and not self.insecure and not is_loopback(self.host):
             raise SettingsError(
                 f"{self.host} can be reached from other machines and no API key is set: "
                 "set one with --api-key (or GEAR_API_KEY), or pass --insecure to serve whoever can connect"
+            )
+        if self.isolate_keys and not self.api_key:
+            raise SettingsError(
+                "--isolate-keys has no API keys to keep apart: set them with --api-key, or leave it out"
             )
 
 

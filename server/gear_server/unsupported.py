@@ -29,7 +29,6 @@ BOTH: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "return_token_ids": _OFF,
     "return_tokens_as_token_ids": _OFF,
-    "cache_salt": (),
     "lora_request": (),
 }
 COMPLETIONS = BOTH | {

@@ -51,6 +51,21 @@ def test_a_long_prompt_is_held_compressed_and_metrics_say_so(url: str) -> None:
     assert all(0.001 < float(line.split("} ")[1].split("\n")[0]) < 0.3 for line in errors)
 
 
+def test_a_system_prompt_is_computed_once_and_metrics_say_so(url: str) -> None:
+    hits, cached = metric(url, "gear_prefix_hits_total"), metric(url, "gear_cached_tokens_total")
+    system = {"role": "system", "content": "You name capitals. " + "Answer with one word. " * 60}
+    found = []
+    for country in ("France", "Italy"):
+        messages = [system, {"role": "user", "content": f"What is the capital of {country}?"}]
+        body = {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 4}
+        usage = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
+        found.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert found == [0, 256]  # of 340 tokens or so, in pages of 128
+    assert metric(url, "gear_prefix_hits_total") - hits == 1
+    assert metric(url, "gear_cached_tokens_total") - cached == 256
+    assert 'gear_pages{model="' + MODEL + '",state="cached"} 0.0' not in httpx.get(f"{url}/metrics").text
+
+
 def test_eight_prompts_at_once_share_their_steps(url: str) -> None:
     before = metric(url, "gear_step_seconds_count")
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 24, "ignore_eos": True, "temperature": 0}

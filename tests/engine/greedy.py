@@ -5,6 +5,7 @@ import torch
 from gear_compression import PRESETS, layout_for
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
+from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, SamplingParams
 from gear_engine.runner import ModelRunner, RunResult
 from gear_engine.sampler import Sampler
@@ -19,6 +20,9 @@ class RecordingRunner:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.logprobs: dict[tuple[str, int], torch.Tensor] = {}
+
+    def move(self, moves: list[Move]) -> None:
+        self.runner.move(moves)
 
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         result = self.runner.run(scheduled)
@@ -37,12 +41,18 @@ def generate(
     num_slots: int = 200,
     backend: str = "cpu",
     max_tokens: int = 24,
+    num_host_slots: int = 0,
 ) -> tuple[list[list[int]], RecordingRunner, Scheduler]:
     """Greedy texts of all prompts, run together."""
     layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 4)
-    runner = RecordingRunner(ModelRunner(loaded, layout, num_slots, backend))
+    runner = RecordingRunner(ModelRunner(loaded, layout, num_slots, backend, num_host_slots))
     scheduler = Scheduler(
-        SlotAllocator(num_slots), layout, max_running=min(8, chunk), max_batch_tokens=chunk, eos_token_ids=[]
+        SlotAllocator(num_slots),
+        layout,
+        max_running=min(8, chunk),
+        max_batch_tokens=chunk,
+        eos_token_ids=[],
+        num_host_slots=num_host_slots,
     )
     engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(512, loaded.vocab_size))
     for i, prompt in enumerate(prompts):
@@ -53,7 +63,7 @@ def generate(
             assert output.error is None
             texts[int(output.request_id)] += output.token_ids
         scheduler.check_integrity()
-    assert scheduler.allocator.num_free == num_slots
+    assert scheduler.allocator.num_active == 0
     return texts, runner, scheduler
 
 

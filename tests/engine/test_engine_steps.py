@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gear_compression import PRESETS, layout_for
 from gear_compression.layout import Layout
 from gear_engine.engine import Engine, Limits
+from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, RequestOutput, SamplingParams
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
@@ -25,6 +26,10 @@ class ScriptedRunner:
         self.poisoned = poisoned
         self.too_large = too_large  # tokens in a step that memory does not suffice for
         self.steps: list[list[tuple[str, int, int]]] = []
+        self.moves: list[Move] = []
+
+    def move(self, moves: list[Move]) -> None:
+        self.moves += moves
 
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         if sum(item.num_new for item in scheduled) >= self.too_large:
@@ -41,9 +46,24 @@ def tiny_layout(preset: str) -> Layout:
     return layout_for(PRESETS[preset], 1, 1, 16, 4)
 
 
-def engine(runner: ScriptedRunner, num_slots: int = 60, chunk: int = 64, preset: str = "near-lossless") -> Engine:
+def engine(
+    runner: ScriptedRunner,
+    num_slots: int = 60,
+    chunk: int = 64,
+    preset: str = "near-lossless",
+    *,
+    max_running: int = 4,
+    prefix_cache: bool = True,
+    num_host_slots: int = 0,
+) -> Engine:
     scheduler = Scheduler(
-        SlotAllocator(num_slots), tiny_layout(preset), max_running=4, max_batch_tokens=chunk, eos_token_ids=[EOS]
+        SlotAllocator(num_slots),
+        tiny_layout(preset),
+        max_running=max_running,
+        max_batch_tokens=chunk,
+        eos_token_ids=[EOS],
+        prefix_cache=prefix_cache,
+        num_host_slots=num_host_slots,
     )
     return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(400, VOCAB))
 

@@ -17,7 +17,7 @@ LLAMA_1B = LlamaConfig(
 )  # fmt: skip
 
 
-def planned(memory: str, **settings: int | None) -> MemoryPlan:
+def planned(memory: str, **settings: int | str | None) -> MemoryPlan:
     layout = layout_for(PRESETS["near-lossless"], 16, 8, 64, 4)
     options = {"num_pages": None, "max_model_len": None, "max_running": 64, "max_batch_tokens": 512, **settings}
     with patch.object(plan_module, "host_bytes", return_value=64 * GIB):
@@ -62,6 +62,21 @@ def test_pages_that_were_asked_for_override_memory() -> None:
     assert planned("16GiB", num_pages=77).num_pages == 77
     with pytest.raises(EngineStartError, match="raise --num-pages"):
         planned("16GiB", num_pages=2)
+
+
+def test_swap_space_is_of_the_budget_and_can_be_turned_off() -> None:
+    auto, off, fixed = planned("16GiB"), planned("16GiB", swap_space="0"), planned("16GiB", swap_space="2GiB")
+    room = auto.pages_bytes + auto.swap_bytes
+    assert auto.swap_bytes == pytest.approx(room / 8, rel=0.01)
+    assert off.swap_bytes == 0
+    assert off.num_pages > auto.num_pages
+    assert fixed.swap_bytes == pytest.approx(2 * GIB, rel=0.01)
+    assert planned("64GiB", max_model_len=4096).swap_bytes <= 4 * GIB
+    for wrong in ("much", "4", "-1GiB", "0.5"):
+        with pytest.raises(EngineStartError, match="--swap-space"):
+            planned("16GiB", swap_space=wrong)
+    with pytest.raises(EngineStartError, match="lower --swap-space"):
+        planned("16GiB", swap_space="15GiB")
 
 
 def test_memory_is_a_fraction_or_a_size() -> None:

@@ -32,6 +32,7 @@ class Submitted:
     token_ids: list[int]
     params: SamplingParams
     priority: int
+    cache_salt: str
     stream: RequestStream
     playing: asyncio.Task[None] | None = None
 
@@ -81,7 +82,9 @@ class ScriptedEngine:
     async def close(self) -> None:
         pass
 
-    def submit(self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0) -> RequestStream:
+    def submit(
+        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+    ) -> RequestStream:
         if not self.is_alive:
             raise EngineDead("the engine process ended (code -9); requests in flight are lost")
         validate(token_ids, params, max_model_len=self.max_model_len, vocab_size=self.info.vocab_size)
@@ -89,7 +92,7 @@ class ScriptedEngine:
             raise QueueFull(self.num_requests, retry_after_s=7)
         assert request_id not in self._streams
         stream = RequestStream(request_id, self)  # type: ignore[arg-type]
-        request = Submitted(request_id, token_ids, params, priority, stream)
+        request = Submitted(request_id, token_ids, params, priority, cache_salt, stream)
         self._streams[request_id] = request
         self.submitted.append(request)
         request.playing = asyncio.create_task(self._play(request))

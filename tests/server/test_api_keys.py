@@ -60,5 +60,21 @@ async def test_refused_keys_are_not_counted_as_rejected_requests(locked: httpx.A
     assert 'gear_requests_total{finish_reason="rejected",model="SmolLM2-135M-Instruct"} 0.0' in metrics
 
 
+async def test_isolated_keys_share_no_cached_prompt(engine: ScriptedEngine) -> None:
+    app = create_app(Settings(api_key=("first", "second"), isolate_keys=True), engine)
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        for key, salt in (("first", None), ("first", "x"), ("second", None), ("second", "x"), ("first", None)):
+            for path, body in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", chat)):
+                headers = {"Authorization": f"Bearer {key}"}
+                response = await client.post(path, json={**body, "cache_salt": salt}, headers=headers)
+                assert response.status_code == 200
+    salts = [request.cache_salt for request in engine.submitted]
+    assert salts[::2] == salts[1::2]
+    assert len(set(salts)) == 4
+    assert salts[0] == salts[8]
+    assert not any("first" in salt for salt in salts)  # a digest, not the key itself
+
+
 async def test_without_keys_everything_is_open(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/models")).status_code == 200

@@ -91,6 +91,12 @@ async def test_cached_tokens_of_a_prompt_count_once_too(client: httpx.AsyncClien
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
+async def test_a_salt_reaches_the_engine(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
+    await complete(client, n=2, cache_salt="mine")
+    await complete(client)
+    assert [request.cache_salt for request in engine.submitted] == ["mine", "mine", ""]
+
+
 async def test_seeds_stay_within_64_bits(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
     await complete(client, n=2, seed=2**63 - 1)
     assert [request.params.seed for request in engine.submitted] == [2**63 - 1, -(2**63)]

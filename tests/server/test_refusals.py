@@ -55,6 +55,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("stop_token_ids", [10**6], "stop token id 1000000 is outside the vocabulary (0 to 393)"),
         ("priority", 2**31, "priority must be less than or equal to 2147483647, got 2147483648"),
         ("stream_options", {"include_usage": True}, "stream_options is only for requests with stream set to true"),
+        ("cache_salt", 5, "cache_salt must be a valid string, got 5"),
         ("best_of", 2, "best_of other than n is not supported yet: leave it out"),
     ],
 )
@@ -94,7 +95,6 @@ async def test_a_wrong_message_is_named_with_its_place(
         ("/v1/completions", "logprobs", 0),
         ("/v1/completions", "suffix", "the end"),
         ("/v1/completions", "response_format", {"type": "json_object"}),
-        ("/v1/completions", "cache_salt", "secret"),
         ("/v1/completions", "truncate_prompt_tokens", 10),
         ("/v1/chat/completions", "logprobs", True),
         ("/v1/chat/completions", "top_logprobs", 2),

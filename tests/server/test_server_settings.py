@@ -49,15 +49,18 @@ def test_every_option_reaches_its_setting() -> None:
         "host": "::1", "port": 1, "served_model_name": ("x",), "api_key": ("k",), "device": "cpu", "dtype": "float32",
         "backend": "reference", "preset": "none", "memory": "8GiB", "num_pages": 2, "max_model_len": 3,
         "max_running": 4, "max_batch_tokens": 5, "max_waiting": 6, "metrics_port": 7, "log_level": "debug",
+        "swap_space": "1GiB",
     }  # fmt: skip
     flags: list[str] = []
     for name, value in given.items():
         flags += [f"--{name.replace('_', '-')}", value[0] if isinstance(value, tuple) else str(value)]
-    settings = settings_from(["some/model", "--insecure", *flags])
-    assert settings.model_dump() == given | {"model": "some/model", "insecure": True}
+    settings = settings_from(["some/model", "--insecure", "--isolate-keys", "--no-prefix-cache", *flags])
+    switches = {"insecure": True, "isolate_keys": True, "prefix_cache": False}
+    assert settings.model_dump() == given | switches | {"model": "some/model"}
     assert settings.engine_config == EngineConfig(
         model="some/model", device="cpu", dtype="float32", backend="reference", preset="none", memory="8GiB",
-        num_pages=2, max_model_len=3, max_running=4, max_batch_tokens=5, max_waiting=6,
+        num_pages=2, max_model_len=3, max_running=4, max_batch_tokens=5, max_waiting=6, swap_space="1GiB",
+        prefix_cache=False,
     )  # fmt: skip
 
 
@@ -108,6 +111,20 @@ def test_other_machines_need_a_key_or_an_explicit_permission(host: str) -> None:
         Settings(host=host).check_exposure()
     Settings(host=host, api_key=("key",)).check_exposure()
     Settings(host=host, insecure=True).check_exposure()
+
+
+def test_keys_to_keep_apart_must_be_there() -> None:
+    with pytest.raises(SettingsError, match=r"--isolate-keys.*--api-key"):
+        Settings(isolate_keys=True).check_exposure()
+    Settings(isolate_keys=True, api_key=("key",)).check_exposure()
+
+
+def test_a_switch_may_be_set_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEAR_PREFIX_CACHE", "false")
+    monkeypatch.setenv("GEAR_ISOLATE_KEYS", "1")
+    assert settings_from([]).prefix_cache is False
+    assert settings_from(["--prefix-cache"]).prefix_cache is True
+    assert settings_from([]).isolate_keys is True
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
