@@ -1,6 +1,7 @@
 """The command `gear-loadtest`: options in, table and JSON out, and an exit status that a script can trust.
 
-Exit status: 0 all requests succeeded, 1 some failed or the server is unusable, 2 the command line is wrong.
+Exit status: 0 all requests succeeded, 1 some failed or the server is unusable, 2 the command line is wrong,
+3 the load tester itself was the bottleneck, so the figures are not the server's.
 """
 
 import asyncio
@@ -101,7 +102,7 @@ def load_test(
     except LoadTestError as error:
         print(f"gear-loadtest: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_status) from None
-    raise typer.Exit(1 if report.num_errors else 0)
+    raise typer.Exit(1 if report.num_errors else 3 if report.client.invalid else 0)
 
 
 def _measure(url: str, plan: LoadPlan, json_path: Path | None, own_target: bool) -> "Report":

@@ -11,7 +11,7 @@ from time import perf_counter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gear_loadtest.record import RunLog
+from gear_loadtest.run_log import RunLog
 
 _REFRESH_S = 0.25
 
@@ -35,12 +35,12 @@ async def _refresh(progress: Progress, log: RunLog, num_requests: int) -> None:
     start = perf_counter()
     bar = progress.add_task("", total=num_requests)
     while True:
-        progress.update(bar, completed=len(log.ended), description=_describe(log, perf_counter() - start))
+        progress.update(bar, completed=log.num_ended, description=_describe(log, perf_counter() - start))
         progress.refresh()
         await asyncio.sleep(_REFRESH_S)
 
 
 def _describe(log: RunLog, elapsed_s: float) -> str:
-    num_errors = log.errors.total()
+    num_errors = log.num_failed
     errors = f" · [red]{num_errors} failed[/]" if num_errors else ""
     return f"{len(log.running)} running · {log.num_chunks / elapsed_s:,.0f} chunks/s{errors}"

@@ -15,9 +15,11 @@ from gear_loadtest.plan import LoadPlan
 from gear_loadtest.preflight import count_words, find_model
 from gear_loadtest.progress import live_progress
 from gear_loadtest.prompts import PromptMaker
-from gear_loadtest.record import RequestRecord, RunLog
+from gear_loadtest.record import RequestRecord
 from gear_loadtest.report import Report, make_report
+from gear_loadtest.run_log import RunLog
 from gear_loadtest.target import Target
+from gear_loadtest.timeline import Timeline
 from gear_loadtest.transport import completion_body, open_session, stream_completion
 
 
@@ -29,7 +31,7 @@ async def run_load_test(plan: LoadPlan, target: Target, console: Console) -> Rep
     async with open_session(plan.timeout_s) as session:
         model = await find_model(session, target, plan.model)
         prompts = PromptMaker(await count_words(session, target, model, plan.input_len), plan.seed)
-        log = RunLog()
+        log = RunLog(Timeline(perf_counter()))
 
         async def send(index: int, intended_at: float) -> None:
             record = RequestRecord(intended_at)
@@ -44,10 +46,10 @@ async def run_load_test(plan: LoadPlan, target: Target, console: Console) -> Rep
             finally:
                 log.running.discard(record)
 
-        date, start = datetime.now(UTC), perf_counter()
-        async with live_progress(log, plan.num_requests, console):
+        date = datetime.now(UTC)
+        async with live_progress(log, plan.num_requests, console), log.effort.watched():
             interrupted = await _until_interrupted(_arrivals(send, plan))
-        duration_s = perf_counter() - start
+        duration_s = perf_counter() - log.timeline.start
     return make_report(
         log, plan=plan, target=target, model=model, date=date, duration_s=duration_s, interrupted=interrupted
     )

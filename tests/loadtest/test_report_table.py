@@ -7,14 +7,18 @@ from datetime import UTC, datetime
 from rich.console import Console
 
 from gear_loadtest.plan import LoadPlan
-from gear_loadtest.record import Failure, RequestRecord, RunLog
+from gear_loadtest.record import Failure, RequestRecord
 from gear_loadtest.report import make_report
+from gear_loadtest.run_log import RunLog
 from gear_loadtest.table import render
 from gear_loadtest.target import parse_target
+from gear_loadtest.timeline import Timeline
 
 
 def printed(records: list[RequestRecord], model: str = "stub") -> str:
-    log = RunLog(ended=records)
+    log = RunLog(Timeline(90.0, width_s=2.0))
+    for record in records:
+        log.end(record)
     report = make_report(
         log,
         plan=LoadPlan(
@@ -62,11 +66,13 @@ def test_a_clean_run_needs_no_notes():
     assert row(text, "TTFT")[3:] == ["1,000.0"] * 5
     assert row(text, "ITL")[3:] == row(text, "TPOT")[3:] == ["500.0"] * 5
     assert row(text, "E2E")[3:] == ["1,500.0"] * 5
-    assert text.rstrip().splitlines()[-1].split()[0] == "E2E"
+    assert text.rstrip().splitlines()[-1].strip() == "Too short to find a steady state (10.0 s of load)."
 
 
 def test_a_client_that_sent_late_owns_up():
-    assert "it sent 250 ms late on average" in printed([make_record(late_s=0.5), make_record()])
+    assert "INVALID The client was the bottleneck: it sent 250 ms late on average" in printed(
+        [make_record(late_s=0.5), make_record()]
+    )
 
 
 def test_chunks_that_are_not_tokens_are_noted():
