@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from gear_loadtest.errors import LoadTestError, UsageError
-from gear_loadtest.plan import LoadPlan, refuse_flood, resolve_arrivals
+from gear_loadtest.plan import LoadPlan, read_plan_rows, refuse_flood, resolve
 from gear_loadtest.target import parse_target
 
 if TYPE_CHECKING:
@@ -32,8 +32,16 @@ def load_test(
     url: Annotated[str, Argument(help="Base URL, such as http://127.0.0.1:8000.", metavar="URL", show_default=False)],
     rate: Annotated[
         float | None,
-        Option(help="Open loop: requests per second, at random (Poisson) times.", metavar="R", rich_help_panel=_LOAD),
+        Option(help="Open loop: requests per second, whatever the server does.", metavar="R", rich_help_panel=_LOAD),
     ] = None,
+    arrivals: Annotated[
+        str,
+        Option(
+            help="Around --rate: poisson, constant, gamma:SHAPE (bursts below 1) or ramp:FROM (rising from FROM/s).",
+            metavar="KIND",
+            rich_help_panel=_LOAD,
+        ),
+    ] = "poisson",
     concurrency: Annotated[
         int | None,
         Option(
@@ -43,7 +51,32 @@ def load_test(
             rich_help_panel=_LOAD,
         ),
     ] = None,
-    num_requests: Annotated[int, Option(min=1, help="Requests in all.", metavar="N", rich_help_panel=_LOAD)] = 100,
+    trace: Annotated[
+        Path | None,
+        Option(
+            help="Replay the times and lengths of a CSV or JSONL file.",
+            metavar="FILE",
+            rich_help_panel=_LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    num_requests: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Requests in all; 100 unless --duration-s is given.",
+            metavar="N",
+            rich_help_panel=_LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    duration_s: Annotated[
+        float | None,
+        Option(help="Seconds in which requests start.", metavar="S", rich_help_panel=_LOAD, show_default=False),
+    ] = None,
+    warmup_s: Annotated[
+        float, Option(help="Seconds at the start that are not measured.", metavar="S", rich_help_panel=_LOAD)
+    ] = 0.0,
     seed: Annotated[
         int | None,
         Option(
@@ -63,9 +96,38 @@ def load_test(
         ),
     ] = None,
     input_len: Annotated[
-        int, Option(min=1, help="Tokens in a prompt, about.", metavar="N", rich_help_panel=_REQUEST)
-    ] = 512,
-    output_len: Annotated[int, Option(min=1, help="Tokens in an answer.", metavar="N", rich_help_panel=_REQUEST)] = 128,
+        str,
+        Option(
+            help="Tokens in a prompt, about: 512, uniform:100-900 or lognormal:512,0.8 (median, sigma).",
+            metavar="N",
+            rich_help_panel=_REQUEST,
+        ),
+    ] = "512",
+    output_len: Annotated[
+        str, Option(help="Tokens in an answer, written likewise.", metavar="N", rich_help_panel=_REQUEST)
+    ] = "128",
+    dataset: Annotated[
+        Path | None,
+        Option(
+            help="Prompts, or only lengths, from a CSV or JSONL file.",
+            metavar="FILE",
+            rich_help_panel=_REQUEST,
+            show_default=False,
+        ),
+    ] = None,
+    prefix_len: Annotated[
+        int,
+        Option(min=0, help="Tokens with which all prompts begin alike.", metavar="N", rich_help_panel=_REQUEST),
+    ] = 0,
+    turns: Annotated[
+        int,
+        Option(
+            min=1,
+            help="Requests of a conversation: each holds what was said before. An arrival is a conversation.",
+            metavar="N",
+            rich_help_panel=_REQUEST,
+        ),
+    ] = 1,
     timeout_s: Annotated[
         float,
         Option(help="Seconds that one request may take.", metavar="S", rich_help_panel=_REQUEST),
@@ -87,16 +149,24 @@ def load_test(
     Ctrl-C ends the run early and reports what was measured.
     """
     try:
-        rate, concurrency = resolve_arrivals(rate, concurrency)
-        plan = LoadPlan(
-            model=model,
-            rate=rate,
-            concurrency=concurrency,
-            num_requests=num_requests,
-            input_len=input_len,
-            output_len=output_len,
-            seed=seed if seed is not None else random.randrange(2**31),
-            timeout_s=timeout_s,
+        plan = resolve(
+            LoadPlan(
+                model=model,
+                rate=rate,
+                concurrency=concurrency,
+                trace=trace,
+                arrivals=arrivals,
+                num_requests=num_requests,
+                duration_s=duration_s,
+                warmup_s=warmup_s,
+                input_len=input_len,
+                output_len=output_len,
+                dataset=dataset,
+                prefix_len=prefix_len,
+                turns=turns,
+                seed=seed if seed is not None else random.randrange(2**31),
+                timeout_s=timeout_s,
+            )
         )
         report = _measure(url, plan, json_path, own_target)
     except LoadTestError as error:
@@ -107,7 +177,8 @@ def load_test(
 
 def _measure(url: str, plan: LoadPlan, json_path: Path | None, own_target: bool) -> "Report":
     target = parse_target(url)
-    refuse_flood(plan, target, own_target=own_target)
+    rows = read_plan_rows(plan)
+    refuse_flood(plan, target, rows, own_target=own_target)
     if json_path is not None:
         _check_writable(json_path)
     _allow_many_connections()
@@ -118,10 +189,10 @@ def _measure(url: str, plan: LoadPlan, json_path: Path | None, own_target: bool)
     from gear_loadtest.run import run_load_test
     from gear_loadtest.table import render
 
-    report = asyncio.run(run_load_test(plan, target, Console(stderr=True)))
+    report = asyncio.run(run_load_test(plan, target, Console(stderr=True), rows))
     Console().print(render(report))
     if json_path is not None:
-        _write(json_path, orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        _write(json_path, orjson.dumps(report, default=str, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     return report
 
 

@@ -30,6 +30,7 @@ class RequestRecord:
     prompt_tokens: int | None = None  # None: the server sent no usage
     completion_tokens: int | None = None
     failure: Failure | None = None
+    text: list[str] | None = None  # of the answer, where it is wanted: a conversation goes on with it
 
     @property
     def num_chunks(self) -> int:

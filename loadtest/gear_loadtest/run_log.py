@@ -11,9 +11,10 @@ from time import perf_counter, process_time
 
 from gear_loadtest.distribution import Histogram
 from gear_loadtest.record import RequestRecord
-from gear_loadtest.timeline import Timeline
+from gear_loadtest.timeline import Timeline, merged
 
 _TICK_S = 0.05
+_NUM_RECENT_SLICES = 8
 
 IsGood = Callable[[RequestRecord], bool]
 
@@ -57,6 +58,30 @@ class ClientEffort:
             self.wake_up_delay_s.add(max(0.0, perf_counter() - due))
 
 
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """A run at one moment, for the live view: small, since workers send it several times a second."""
+
+    num_ended: int
+    num_failed: int
+    num_running: int
+    num_chunks: int
+    recent_ttft_s: Histogram
+    recent_itl_s: Histogram
+
+    def plus(self, other: "Glance") -> "Glance":
+        for mine, theirs in ((self.recent_ttft_s, other.recent_ttft_s), (self.recent_itl_s, other.recent_itl_s)):
+            mine.merge(theirs)
+        return Glance(
+            self.num_ended + other.num_ended,
+            self.num_failed + other.num_failed,
+            self.num_running + other.num_running,
+            self.num_chunks + other.num_chunks,
+            self.recent_ttft_s,
+            self.recent_itl_s,
+        )
+
+
 @dataclass(slots=True)
 class RunLog:
     timeline: Timeline
@@ -87,6 +112,10 @@ class RunLog:
     @property
     def num_chunks(self) -> int:
         return self.effort.num_chunks + sum(record.num_chunks for record in self.running)
+
+    def glance(self) -> Glance:
+        recent = merged(self.timeline.slices[-_NUM_RECENT_SLICES:])
+        return Glance(self.num_ended, self.num_failed, len(self.running), self.num_chunks, recent.ttft_s, recent.itl_s)
 
     def merge(self, other: "RunLog") -> None:
         """Another worker's, once both have ended."""

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gear_loadtest.distribution import Distribution
+from gear_loadtest.lengths import parse_lengths
+from gear_loadtest.plan import LoadPlan
 from gear_loadtest.report import Report
 
 _WIDTH = 80
@@ -29,17 +31,30 @@ def render(report: Report) -> RenderableType:
 
 def _heading(report: Report) -> Text:
     plan = report.command
-    load = (
-        f"open loop, {plan.rate:g} requests/s" if plan.rate is not None else f"closed loop, {plan.concurrency} at once"
-    )
     text = Text()
     text.append(f" {report.model}", "bold").append(f" at {report.url}\n")
-    text.append(f" {load} · seed {plan.seed} · {report.duration_s:,.1f} s\n", "dim")
+    text.append(f" {describe_load(plan)} · seed {plan.seed} · {report.duration_s:,.1f} s\n", "dim")
     text.append(f" {report.num_ok:,} ok", "bold green" if report.num_ok else "bold")
     text.append(", ").append(f"{report.num_errors:,} failed", "bold red" if report.num_errors else "")
+    if report.num_warm_up:
+        text.append(f", {report.num_warm_up:,} in the warm-up")
     if report.interrupted:
-        text.append(f", {report.num_cancelled:,} cut off · interrupted, {plan.num_requests:,} were planned", "yellow")
+        planned = f"{plan.num_requests:,} were" if plan.num_requests else f"{plan.duration_s or 0:g} s were"
+        text.append(f", {report.num_cancelled:,} cut off · interrupted, {planned} planned", "yellow")
     return text
+
+
+def describe_load(plan: LoadPlan) -> str:
+    if plan.trace is not None:
+        load = f"trace {plan.trace.name}"
+    elif plan.rate is not None:
+        spread = "" if plan.arrivals == "poisson" else f" ({plan.arrivals})"
+        load = f"open loop, {plan.rate:g} {'conversations' if plan.turns > 1 else 'requests'}/s{spread}"
+    else:
+        load = f"closed loop, {plan.concurrency} at once"
+    if plan.turns > 1:
+        load += f", {plan.turns} turns"
+    return f"{load}, {plan.prefix_len:,} tokens shared" if plan.prefix_len else load
 
 
 def _throughput(report: Report) -> Table:
@@ -51,13 +66,17 @@ def _throughput(report: Report) -> Table:
     table.add_column("mean", justify="right", width=8)
     table.add_column("asked", justify="right", width=8)
     plan = report.command
+    from_file = plan.trace or plan.dataset
+    asked_in, asked_out = (
+        None if from_file else parse_lengths("", text).mean for text in (plan.input_len, plan.output_len)
+    )
     rows = (
-        ("requests", report.request_throughput, "prompt", report.input_tokens_mean, plan.input_len),
-        ("output tokens", report.output_token_throughput, "output", report.output_tokens_mean, plan.output_len),
+        ("requests", report.request_throughput, "prompt", report.input_tokens_mean, asked_in),
+        ("output tokens", report.output_token_throughput, "output", report.output_tokens_mean, asked_out),
         ("total tokens", report.total_token_throughput, "", None, None),
     )
     for what, per_second, of_what, mean, asked in rows:
-        sizes = (_number(mean), f"{asked:,}") if asked is not None else ("", "")
+        sizes = (_number(mean), f"{asked:,.0f}" if asked else "–") if of_what else ("", "")
         table.add_row(what, Text(_number(per_second), "bold"), "", of_what, *sizes)
     return table
 

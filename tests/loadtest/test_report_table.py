@@ -21,16 +21,7 @@ def printed(records: list[RequestRecord], model: str = "stub") -> str:
         log.end(record)
     report = make_report(
         log,
-        plan=LoadPlan(
-            model=None,
-            rate=2.0,
-            concurrency=None,
-            num_requests=2,
-            input_len=8,
-            output_len=2,
-            seed=1,
-            timeout_s=1,
-        ),
+        plan=LoadPlan(rate=2.0, num_requests=2, input_len="8", output_len="2"),
         target=parse_target("http://localhost:1"),
         model=model,
         date=datetime(2026, 1, 1, tzinfo=UTC),

@@ -12,7 +12,7 @@ import pytest
 from stub_openai_server import StubServer
 from test_load_run import run_against
 
-from gear_loadtest.arrival import poisson_offsets
+from gear_loadtest.arrival import Pattern, offsets
 from gear_loadtest.distribution import Distribution
 from gear_loadtest.report import Report
 
@@ -35,7 +35,7 @@ def assert_close(found: Distribution | None, values: list[float]) -> None:
 def assert_true_from_the_schedule(report: Report, stub: StubServer) -> None:
     """The stub knows of the schedule's start only when its first request came."""
     start = stub.answers[0].arrived_at
-    due = [start + offset for offset in itertools.islice(poisson_offsets(RATE, SEED), NUM_REQUESTS)]
+    due = [start + offset for offset in itertools.islice(offsets(Pattern(), RATE, SEED), NUM_REQUESTS)]
     assert_close(report.ttft_s, [a.chunk_times[0] - at for a, at in zip(stub.answers, due, strict=True)])
     assert_close(report.e2e_s, [a.chunk_times[-1] - at for a, at in zip(stub.answers, due, strict=True)])
 
@@ -52,9 +52,7 @@ async def measure(stall: Callable[[StubServer], None] | None) -> tuple[Report, S
     stub = StubServer(ttft_s=0.3, itl_s=0.05)
     async with stub.serve():
         running = asyncio.create_task(
-            run_against(
-                stub.url, rate=RATE, concurrency=None, num_requests=NUM_REQUESTS, output_len=NUM_TOKENS, seed=SEED
-            )
+            run_against(stub.url, rate=RATE, num_requests=NUM_REQUESTS, output_len=NUM_TOKENS, seed=SEED)
         )
         await stub.has_received(5)
         if stall is not None:
