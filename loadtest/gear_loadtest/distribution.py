@@ -14,6 +14,10 @@ _SMALLEST = 1e-7  # what is shorter, chunks that came in one piece, counts as th
 _QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
+def bucket_middle(index: int) -> float:
+    return math.exp((index + 0.5) * _LOG_WIDTH)
+
+
 @dataclass(frozen=True, slots=True)
 class Distribution:
     """Percentiles interpolate linearly between the two nearest measurements; all but mean and max to 0.25 %."""

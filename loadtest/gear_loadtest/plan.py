@@ -18,6 +18,7 @@ from gear_loadtest.target import Target
 MAX_FOREIGN_RATE = 50.0  # requests/s
 MAX_FOREIGN_CONCURRENCY = 64
 DEFAULT_NUM_REQUESTS = 100
+DEFAULT_DURATION_S = 30.0  # of each of several runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,9 @@ class LoadPlan:
         return itertools.takewhile(lambda arrival: arrival[1] < (self.duration_s or math.inf), arrivals)
 
     def at_rate(self, rate: float) -> "LoadPlan":
-        return replace(self, rate=rate, concurrency=None)
+        """For one run of several; by default it ends by time, so that all take the same."""
+        by_default = DEFAULT_DURATION_S if self.num_requests is None else None
+        return replace(self, rate=rate, duration_s=self.duration_s or by_default)
 
 
 def resolve(plan: LoadPlan) -> LoadPlan:
@@ -120,16 +123,42 @@ def resolve(plan: LoadPlan) -> LoadPlan:
     return plan
 
 
+def search_rates(plan: LoadPlan, sweep: str | None, *, find_max: bool) -> list[float]:
+    """The rates of a sweep, the first of a search, or none. Raises `UsageError`."""
+    if sweep is None and not find_max:
+        return []
+    if sweep is not None and find_max:
+        raise UsageError("--sweep and --find-max-rate exclude each other: a search chooses its own rates")
+    if plan.concurrency is not None or plan.trace is not None:
+        raise UsageError("--sweep and --find-max-rate vary the rate: leave --concurrency and --trace out")
+    if find_max and plan.slo is None:
+        raise UsageError("--find-max-rate needs an objective: add --slo, such as --slo ttft=500ms,itl=50ms,p=99")
+    if sweep is None:
+        return [plan.rate or 1.0]
+    try:
+        rates = sorted({float(part) for part in sweep.split(",")})
+    except ValueError:
+        rates = []
+    if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise UsageError(f"cannot read --sweep {sweep!r}: give rates in requests/s, such as 1,2,4,8")
+    return rates
+
+
 def read_plan_rows(plan: LoadPlan) -> list[Row]:
     if plan.trace is not None:
         return read_rows("--trace", plan.trace, with_times=True)
     return read_rows("--dataset", plan.dataset, with_times=False) if plan.dataset is not None else []
 
 
-def refuse_flood(plan: LoadPlan, target: Target, rows: list[Row], *, own_target: bool) -> None:
+def refuse_flood(plan: LoadPlan, target: Target, rows: list[Row], *, own_target: bool, searches: bool = False) -> None:
     """Raise `UsageError` if the plan would press hard on a server that may be somebody else's."""
     if own_target or target.is_loopback or target.is_encrypted:
         return
+    if searches:
+        raise UsageError(
+            f"{target.base_url} is not this machine, and a search presses until it fails: "
+            "add --i-own-this-target if you may do that"
+        )
     rate = max(plan.rate or 0.0, parse_pattern(plan.arrivals).ramp_from or 0.0, _peak_rate(rows))
     if rate > MAX_FOREIGN_RATE or (plan.concurrency or 0) > MAX_FOREIGN_CONCURRENCY:
         raise UsageError(

@@ -10,6 +10,7 @@ from typing import Any
 from gear_loadtest.distribution import Distribution
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.run_log import ClientEffort, RunLog
+from gear_loadtest.slo import parse_objective
 from gear_loadtest.target import Target
 from gear_loadtest.timeline import SteadyWindow, Tally, Timeline
 
@@ -65,6 +66,10 @@ class Report:
     e2e_s: Distribution | None
     service_ttft_s: Distribution | None
     service_e2e_s: Distribution | None
+    objective_met: bool | None  # None: no --slo was given
+    good_share: float | None  # of all requests, failed ones too
+    goodput: float | None  # good requests per second
+    good_token_throughput: float | None
     client: ClientReport
     steady: SteadyWindow | None
     not_steady: str | None  # why there is no steady window
@@ -80,6 +85,7 @@ def make_report(
     all_counted = total.num_with_prompt == total.num_ok
     input_tokens_mean = total.prompt_tokens / total.num_with_prompt if total.num_with_prompt else None
     steady = timeline.steady_window()
+    objective = parse_objective(plan.slo) if plan.slo else None
     return Report(
         url=target.base_url,
         model=model,
@@ -110,6 +116,10 @@ def make_report(
         e2e_s=total.e2e_s.distribution(),
         service_ttft_s=total.service_ttft_s.distribution(),
         service_e2e_s=total.service_e2e_s.distribution(),
+        objective_met=objective.is_met(total.num_good, total.num_requests) if objective else None,
+        good_share=total.num_good / max(1, total.num_requests) if objective else None,
+        goodput=total.num_good / duration_s if objective else None,
+        good_token_throughput=total.good_tokens / duration_s if objective else None,
         client=_client_report(log.effort, total),
         steady=steady if isinstance(steady, SteadyWindow) else None,
         not_steady=steady if isinstance(steady, str) else None,

@@ -15,6 +15,7 @@ from gear_loadtest.record import RequestRecord
 
 _EXAMPLE = "write it like ttft=500ms,itl=50ms,p=99 (limits for ttft, itl, tpot and e2e, in ms or s)"
 _UNITS_S = {"ms": 0.001, "s": 1.0}
+_FIELDS = {"ttft": "ttft_s", "itl": "itl_s", "tpot": "tpot_s", "e2e": "e2e_s", "p": "percent"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,6 @@ def parse_objective(text: str) -> Objective:
     if not 0 < values.get("percent", 99) <= 100:
         raise UsageError(f"p in --slo {text!r} is not a percentage above 0: {_EXAMPLE}")
     return Objective(text, **values)
-
-
-_FIELDS = {"ttft": "ttft_s", "itl": "itl_s", "tpot": "tpot_s", "e2e": "e2e_s", "p": "percent"}
 
 
 def _seconds(text: str) -> float:

@@ -9,10 +9,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gear_loadtest.compare import Ratio, Run, differences
 from gear_loadtest.distribution import Distribution
 from gear_loadtest.lengths import parse_lengths
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.report import Report
+from gear_loadtest.search import Sweep
 
 _WIDTH = 80
 
@@ -21,6 +23,8 @@ def render(report: Report) -> RenderableType:
     parts: list[RenderableType] = [_heading(report), _throughput(report)]
     if report.num_ok:
         parts += [_latency(report), Padding(_steady(report), (0, 1))]
+    if report.goodput is not None:
+        parts.append(Padding(_objective(report), (0, 1)))
     if report.errors:
         parts.append(_errors(report))
     parts += [Padding(Text(note, "yellow"), (0, 1)) for note in _notes(report)]
@@ -99,6 +103,15 @@ def _latency(report: Report) -> Table:
     return table
 
 
+def _objective(report: Report) -> Text:
+    verdict = ("met", "bold green") if report.objective_met else ("missed", "bold red")
+    return Text.assemble(
+        "Objective ", (report.command.slo or "", "bold"), " ", verdict, ": ",
+        f"{report.good_share or 0:.1%} good; goodput {_number(report.goodput)} requests/s, "
+        f"{_number(report.good_token_throughput)} output tokens/s.",
+    )  # fmt: skip
+
+
 def _errors(report: Report) -> Table:
     table = _table()
     table.add_column(_title("Errors", "", "red"), no_wrap=True)
@@ -161,3 +174,54 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
+
+
+def render_runs(runs: list[Report]) -> Table:
+    """One row a run; TTFT and ITL at the 99th percentile."""
+    table = _table()
+    for name in ("requests/s", "done/s", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99", "good", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        good = "–" if run.good_share is None else f"{run.good_share:.1%}"
+        verdict = {None: Text(""), True: Text("met", "green"), False: Text("missed", "red")}[run.objective_met]
+        if run.interrupted or run.client.invalid:
+            verdict = Text("cut off" if run.interrupted else "INVALID", "bold yellow")
+        if run.num_errors and run.good_share is None:
+            verdict.append(f" {run.num_errors:,} failed", "bold red")
+        table.add_row(
+            f"{run.command.rate:,.3g}", _number(run.request_throughput), _number(run.output_token_throughput),
+            *(_milliseconds(measured)[place] for measured in (run.ttft_s, run.itl_s) for place in (1, 3)),
+            good, verdict,
+        )  # fmt: skip
+    return table
+
+
+def render_sweep(result: Sweep) -> RenderableType:
+    parts: list[RenderableType] = [render_runs(result.runs)]
+    if result.max_rate is not None:
+        parts.append(Text(f" Highest rate that meets the objective: {result.max_rate:,.3g} requests/s.", "bold green"))
+    elif result.runs[-1].objective_met is not None and not any(run.objective_met for run in result.runs):
+        parts.append(Text(" No rate met the objective.", "bold red"))
+    if result.knee_rate is not None:
+        parts.append(Text(f" Knee, where throughput over latency is greatest: {result.knee_rate:,.3g} requests/s."))
+    if result.interrupted:
+        parts.append(Text(" Interrupted: this is what was measured.", "yellow"))
+    return Group("", *parts, "")
+
+
+def render_comparison(a: Run, b: Run, ratios: list[Ratio]) -> RenderableType:
+    table = _table()
+    table.add_column(_title("B over A", "95 % interval"), ratio=1)
+    for name in ("A", "B", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("interval", justify="right")
+    table.add_column("")
+    styles = {"better": "green", "worse": "red"}
+    for one in ratios:
+        scale, unit = (1, "") if one.higher_is_better else (1000, " ms")
+        table.add_row(
+            one.name, _number(one.a * scale) + unit, _number(one.b * scale) + unit, Text(f"{one.ratio:.3f}", "bold"),
+            f"{one.low:.3f}–{one.high:.3f}", Text(one.verdict, styles.get(one.verdict, "dim")),
+        )  # fmt: skip
+    names = Text.assemble((" A ", "bold"), a.name, ("   B ", "bold"), b.name)
+    return Group("", names, "", table, *(Text(f" {text}", "yellow") for text in differences(a, b)), "")

@@ -8,28 +8,35 @@ from rich.console import Console
 
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.record import Failure, RequestRecord
-from gear_loadtest.report import make_report
+from gear_loadtest.report import Report, make_report
 from gear_loadtest.run_log import RunLog
 from gear_loadtest.table import render
 from gear_loadtest.target import parse_target
 from gear_loadtest.timeline import Timeline
 
+PLAN = LoadPlan(rate=2.0, num_requests=2, input_len="8", output_len="2")
 
-def printed(records: list[RequestRecord], model: str = "stub") -> str:
-    log = RunLog(Timeline(90.0, width_s=2.0))
+
+def make_report_of(
+    records: list[RequestRecord], plan: LoadPlan = PLAN, model: str = "stub", duration_s: float = 2.0
+) -> Report:
+    log = RunLog(Timeline(90.0, width_s=2.0 if len(records) < 10 else 0.125))
     for record in records:
         log.end(record)
-    report = make_report(
+    return make_report(
         log,
-        plan=LoadPlan(rate=2.0, num_requests=2, input_len="8", output_len="2"),
+        plan=plan,
         target=parse_target("http://localhost:1"),
         model=model,
         date=datetime(2026, 1, 1, tzinfo=UTC),
-        duration_s=2.0,
+        duration_s=duration_s,
         interrupted=False,
     )
+
+
+def printed(records: list[RequestRecord], model: str = "stub") -> str:
     output = io.StringIO()
-    Console(file=output, width=80).print(render(report))
+    Console(file=output, width=80).print(render(make_report_of(records, model=model)))
     return output.getvalue()
 
 
