@@ -8,6 +8,7 @@ import dataclasses
 import orjson
 from rich.console import Console
 
+from gear_loadtest.csv_report import to_csv
 from gear_loadtest.output_files import OutputFiles, write
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.report import Report
@@ -24,7 +25,7 @@ _JSON_OPTIONS = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 async def run_once(plan: LoadPlan, target: Target, rows: list[Row], *, files: OutputFiles, screen: Console) -> int:
     report = await run_load_test(plan, target, screen, rows)
     Console().print(render(report))
-    write(files.json, lambda: orjson.dumps(report, default=str, option=_JSON_OPTIONS))
+    _write_all(report, files)
     if report.num_errors or report.objective_met is False:
         return 1
     return 3 if report.client.invalid else 0
@@ -54,8 +55,22 @@ async def run_campaign(
 
     result = await (find_max_rate(run_at, rates[0], tell) if find_max else sweep(run_at, rates, tell))
     Console().print(render_sweep(result))
-    write(files.json, lambda: orjson.dumps(result, default=str, option=_JSON_OPTIONS))
+    _write_all(result, files)
     return _status(result, find_max=find_max)
+
+
+def _write_all(outcome: Report | Sweep, files: OutputFiles) -> None:
+    runs = outcome.runs if isinstance(outcome, Sweep) else [outcome]
+    write(files.json, lambda: orjson.dumps(outcome, default=str, option=_JSON_OPTIONS))
+    write(files.csv, lambda: to_csv(runs).encode())
+    if files.html is None and files.png is None:
+        return
+    from gear_loadtest.html_report import run_page, sweep_page  # matplotlib takes a second
+    from gear_loadtest.plots import png
+
+    page = (lambda: sweep_page(outcome)) if isinstance(outcome, Sweep) else (lambda: run_page(outcome))
+    write(files.html, lambda: page().encode())
+    write(files.png, lambda: png(outcome))
 
 
 def _max_bad(plan: LoadPlan) -> int | None:

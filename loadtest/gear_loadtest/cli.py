@@ -20,7 +20,7 @@ from gear_loadtest.plan import LoadPlan, read_plan_rows, refuse_flood, resolve, 
 from gear_loadtest.target import parse_target
 
 _MAX_OPEN_FILES = 65536
-_LOAD, _REQUEST, _SEARCH = "Load", "Request", "Objective and comparison"
+_LOAD, _REQUEST, _SEARCH, _OUTPUT = "Load", "Request", "Objective and comparison", "Output"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -171,8 +171,36 @@ def load_test(
     json_path: Annotated[
         Path | None,
         Option(
-            "--json", help="Write the report here too.", metavar="FILE", rich_help_panel="Other", show_default=False
+            "--json",
+            help="Write everything that was measured.",
+            metavar="FILE",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
         ),
+    ] = None,
+    csv_path: Annotated[
+        Path | None,
+        Option(
+            "--csv",
+            help="Write a row of figures for each run.",
+            metavar="FILE",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    html_path: Annotated[
+        Path | None,
+        Option(
+            "--html",
+            help="Write a page with tables and plots, complete in itself.",
+            metavar="FILE",
+            rich_help_panel=_OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    png_path: Annotated[
+        Path | None,
+        Option("--png", help="Write the plots.", metavar="FILE", rich_help_panel=_OUTPUT, show_default=False),
     ] = None,
     own_target: Annotated[
         bool,
@@ -208,7 +236,7 @@ def load_test(
             seed=seed if seed is not None else random.randrange(2**31),
             timeout_s=timeout_s,
         )
-        files = OutputFiles(json=json_path)
+        files = OutputFiles(json=json_path, csv=csv_path, html=html_path, png=png_path)
         rates = search_rates(plan, sweep_rates, find_max=find_max)
         status = _measure(url, plan, rates, find_max, files, own_target)
     except LoadTestError as error:

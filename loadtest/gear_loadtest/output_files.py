@@ -15,6 +15,9 @@ class OutputFiles:
     """Each field is an option."""
 
     json: Path | None = None
+    csv: Path | None = None
+    html: Path | None = None
+    png: Path | None = None
 
     def check(self) -> None:
         """Raise `UsageError` for what cannot be written. Leaves no empty file behind."""

@@ -33,7 +33,7 @@ async def live_progress(
     if not console.is_terminal:
         yield
         return
-    view = _View(plan, plan.num_expected(len(rows)))
+    view = LiveView(plan, plan.num_expected(len(rows)))
     with Live(console=console, transient=True, auto_refresh=False) as live:
         refreshing = asyncio.create_task(_refresh(live, view, look))
         try:
@@ -42,13 +42,13 @@ async def live_progress(
             refreshing.cancel()
 
 
-async def _refresh(live: Live, view: "_View", look: Callable[[], Glance]) -> None:
+async def _refresh(live: Live, view: "LiveView", look: Callable[[], Glance]) -> None:
     while True:
         live.update(view.draw(look()), refresh=True)
         await asyncio.sleep(_REFRESH_S)
 
 
-class _View:
+class LiveView:
     """Remembers the last ten seconds of throughput, and draws."""
 
     def __init__(self, plan: LoadPlan, num_requests: int | None) -> None:
