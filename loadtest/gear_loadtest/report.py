@@ -10,6 +10,7 @@ from typing import Any
 from gear_loadtest.distribution import Distribution
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.run_log import ClientEffort, RunLog
+from gear_loadtest.server_metrics import ServerReport
 from gear_loadtest.slo import parse_objective
 from gear_loadtest.target import Target
 from gear_loadtest.timeline import SteadyWindow, Tally, Timeline
@@ -71,6 +72,7 @@ class Report:
     goodput: float | None  # good requests per second
     good_token_throughput: float | None
     client: ClientReport
+    server: ServerReport
     steady: SteadyWindow | None
     not_steady: str | None  # why there is no steady window
     slice_width_s: float
@@ -78,7 +80,15 @@ class Report:
 
 
 def make_report(
-    log: RunLog, *, plan: LoadPlan, target: Target, model: str, date: datetime, duration_s: float, interrupted: bool
+    log: RunLog,
+    *,
+    plan: LoadPlan,
+    target: Target,
+    model: str,
+    date: datetime,
+    duration_s: float,
+    interrupted: bool,
+    server: ServerReport,
 ) -> Report:
     timeline, total = log.timeline, log.timeline.total()
     duration_s = max(duration_s, 1e-9)  # interrupted within the warm-up: nothing was measured, in no time
@@ -121,6 +131,7 @@ def make_report(
         goodput=total.num_good / duration_s if objective else None,
         good_token_throughput=total.good_tokens / duration_s if objective else None,
         client=_client_report(log.effort, total),
+        server=server,
         steady=steady if isinstance(steady, SteadyWindow) else None,
         not_steady=steady if isinstance(steady, str) else None,
         slice_width_s=timeline.width_s,

@@ -23,6 +23,7 @@ from gear_loadtest.record import RequestRecord
 from gear_loadtest.report import Report, make_report
 from gear_loadtest.rows import Row
 from gear_loadtest.run_log import RunLog
+from gear_loadtest.server_metrics import watched_server
 from gear_loadtest.slo import parse_objective
 from gear_loadtest.target import Target
 from gear_loadtest.timeline import Timeline
@@ -70,13 +71,15 @@ async def run_load_test(
         )
         job = Job(plan, target, model, workload, max_bad)
         date = datetime.now(UTC)
-        log = new_log(plan, perf_counter())
-        async with live_progress(log.glance, plan, rows, console):
-            interrupted = await run_job(job, log, session)
-    duration_s = perf_counter() - log.timeline.start
+        async with watched_server(session, target) as server:
+            log = new_log(plan, perf_counter())
+            async with live_progress(log.glance, plan, rows, console):
+                interrupted = await run_job(job, log, session)
+            duration_s = perf_counter() - log.timeline.start
     return make_report(
-        log, plan=plan, target=target, model=model, date=date, duration_s=duration_s, interrupted=interrupted
-    )
+        log, plan=plan, target=target, model=model, date=date, duration_s=duration_s, interrupted=interrupted,
+        server=server,
+    )  # fmt: skip
 
 
 def new_log(plan: LoadPlan, start: float) -> RunLog:

@@ -15,6 +15,7 @@ from gear_loadtest.lengths import parse_lengths
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.report import Report
 from gear_loadtest.search import Sweep
+from gear_loadtest.server_metrics import COUNTERS, GAUGES, ServerReport
 
 _WIDTH = 80
 
@@ -25,6 +26,7 @@ def render(report: Report) -> RenderableType:
         parts += [_latency(report), Padding(_steady(report), (0, 1))]
     if report.goodput is not None:
         parts.append(Padding(_objective(report), (0, 1)))
+    parts.append(_server(report.server))
     if report.errors:
         parts.append(_errors(report))
     parts += [Padding(Text(note, "yellow"), (0, 1)) for note in _notes(report)]
@@ -110,6 +112,35 @@ def _objective(report: Report) -> Text:
         f"{report.good_share or 0:.1%} good; goodput {_number(report.goodput)} requests/s, "
         f"{_number(report.good_token_throughput)} output tokens/s.",
     )  # fmt: skip
+
+
+def _server(server: ServerReport) -> RenderableType:
+    """What the server's own metrics say, beside the client's figures; counters are what the run added."""
+    if not server.gauges and not server.counters:
+        reason = server.problem or "its /metrics has none of GearServe's names"
+        return Padding(Text(f"No server-side view: {reason}.", "dim"), (0, 1))
+    table = _table()
+    table.add_column(_title("Server", "its /metrics"), ratio=1)
+    for column in ("before", "lowest", "highest", "after"):
+        table.add_column(column, justify="right", width=10)
+    for name, what in GAUGES:
+        if (view := server.gauges.get(name)) is not None:
+            values = (view.before, view.lowest, view.highest, view.after)
+            table.add_row(what, *(_quantity(name, value) for value in values))
+    for name, what in COUNTERS:
+        if name in server.counters:
+            table.add_row(what, "", "", "", f"+{server.counters[name]:,.0f}")
+    notes = [f"Absent from its metrics: {', '.join(server.absent)}."] if server.absent else []
+    notes += [f"{server.problem}."] if server.problem else []
+    return Group(table, *(Padding(Text(note, "dim"), (0, 1)) for note in notes))
+
+
+def _quantity(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if "_bytes" in name:
+        return f"{value / 2**30:,.2f} GiB" if abs(value) >= 2**30 else f"{value / 2**20:,.1f} MiB"
+    return f"{value:.2f}×" if "ratio" in name else f"{value:,.0f}"
 
 
 def _errors(report: Report) -> Table:

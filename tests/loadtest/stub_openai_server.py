@@ -42,6 +42,7 @@ class StubServer:
     ttfts_s: list[float] = field(default_factory=list)  # what a perfect client would measure
     itls_s: list[float] = field(default_factory=list)
     answers: "list[Answer]" = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)  # what /metrics answers: each once, the last for ever
     stalled_until: float = 0.0  # what is due before then (perf_counter) is `stall_s` late, and what follows it
     stall_s: float = 0.0
     num_running: int = 0
@@ -56,6 +57,8 @@ class StubServer:
         app.router.add_post("/v1/completions", self._completions)
         if self.tokens_per_word is not None:
             app.router.add_post("/tokenize", self._tokenize)
+        if self.metrics:
+            app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -75,6 +78,9 @@ class StubServer:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": {"message": "a key is needed"}}, status=401)
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0])
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         return web.json_response({"count": self._count((await request.json())["prompt"]), "max_model_len": 8192})

@@ -15,7 +15,7 @@ KEYS = (
     "url model date command interrupted num_requests num_ok num_errors num_cancelled num_warm_up errors "
     "error_examples duration_s request_throughput output_token_throughput total_token_throughput input_tokens_mean "
     "output_tokens_mean chunks ttft_s itl_s tpot_s e2e_s service_ttft_s service_e2e_s objective_met "
-    "good_share goodput good_token_throughput client steady not_steady slice_width_s slices"
+    "good_share goodput good_token_throughput client server steady not_steady slice_width_s slices"
 )
 
 

@@ -10,6 +10,7 @@ from gear_loadtest.plan import LoadPlan
 from gear_loadtest.record import Failure, RequestRecord
 from gear_loadtest.report import Report, make_report
 from gear_loadtest.run_log import RunLog
+from gear_loadtest.server_metrics import ServerReport
 from gear_loadtest.table import render
 from gear_loadtest.target import parse_target
 from gear_loadtest.timeline import Timeline
@@ -31,6 +32,7 @@ def make_report_of(
         date=datetime(2026, 1, 1, tzinfo=UTC),
         duration_s=duration_s,
         interrupted=False,
+        server=ServerReport(problem="not asked"),
     )
 
 
@@ -64,7 +66,8 @@ def test_a_clean_run_needs_no_notes():
     assert row(text, "TTFT")[3:] == ["1,000.0"] * 5
     assert row(text, "ITL")[3:] == row(text, "TPOT")[3:] == ["500.0"] * 5
     assert row(text, "E2E")[3:] == ["1,500.0"] * 5
-    assert text.rstrip().splitlines()[-1].strip() == "Too short to find a steady state (10.0 s of load)."
+    assert text.rstrip().splitlines()[-1].strip() == "No server-side view: not asked."
+    assert text.rstrip().splitlines()[-3].strip() == "Too short to find a steady state (10.0 s of load)."
 
 
 def test_a_client_that_sent_late_owns_up():
