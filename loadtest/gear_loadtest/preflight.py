@@ -9,9 +9,9 @@ import aiohttp
 import orjson
 
 from gear_loadtest.errors import ServerUnusable
-from gear_loadtest.prompts import random_words
 from gear_loadtest.target import Target
 from gear_loadtest.transport import error_message, printable
+from gear_loadtest.workload import Vocabulary, sample_words
 
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
 _NUM_SAMPLE_WORDS = 100
@@ -50,19 +50,18 @@ def _first_id(url: str, body: bytes) -> str:
         raise ServerUnusable(f"{url} lists no model: is it an OpenAI-compatible server? If so, name --model") from None
 
 
-async def count_words(session: aiohttp.ClientSession, target: Target, model: str, input_len: int) -> int:
-    """Words in a prompt of about `input_len` tokens: measured if the server has vLLM's `/tokenize`, else one each."""
+async def measure_vocabulary(session: aiohttp.ClientSession, target: Target, model: str) -> Vocabulary:
+    """Measured if the server has vLLM's `/tokenize`, else one token a word."""
     fewer = await _count_tokens(session, target, model, _NUM_SAMPLE_WORDS)
     more = await _count_tokens(session, target, model, 2 * _NUM_SAMPLE_WORDS)
     if fewer is None or more is None or more <= fewer:
-        return input_len
+        return Vocabulary()
     tokens_per_word = (more - fewer) / _NUM_SAMPLE_WORDS
-    num_special_tokens = fewer - tokens_per_word * _NUM_SAMPLE_WORDS
-    return max(1, round((input_len - num_special_tokens) / tokens_per_word))
+    return Vocabulary(tokens_per_word, num_special_tokens=fewer - tokens_per_word * _NUM_SAMPLE_WORDS)
 
 
 async def _count_tokens(session: aiohttp.ClientSession, target: Target, model: str, num_words: int) -> int | None:
-    body = orjson.dumps({"model": model, "prompt": random_words(num_words, "calibration")})
+    body = orjson.dumps({"model": model, "prompt": sample_words(num_words)})
     try:
         async with session.post(
             target.url("/tokenize"),

@@ -4,7 +4,6 @@ Knows nothing of HTTP.
 """
 
 from array import array
-from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -31,6 +30,7 @@ class RequestRecord:
     prompt_tokens: int | None = None  # None: the server sent no usage
     completion_tokens: int | None = None
     failure: Failure | None = None
+    text: list[str] | None = None  # of the answer, where it is wanted: a conversation goes on with it
 
     @property
     def num_chunks(self) -> int:
@@ -39,6 +39,11 @@ class RequestRecord:
     @property
     def output_tokens(self) -> int:
         return self.num_chunks if self.completion_tokens is None else self.completion_tokens
+
+    @property
+    def late_s(self) -> float:
+        """How much later than intended it was sent: the client's own doing."""
+        return self.sent_at - self.intended_at
 
     @property
     def ttft_s(self) -> float | None:
@@ -55,7 +60,7 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """(last − first)/(tokens − 1)."""
+        """(E2E − TTFT)/(tokens − 1)."""
         if not self.chunk_times or self.output_tokens < 2:
             return None
         return (self.finished_at - self.chunk_times[0]) / (self.output_tokens - 1)
@@ -67,25 +72,3 @@ class RequestRecord:
     @property
     def service_e2e_s(self) -> float:
         return self.finished_at - self.sent_at
-
-
-@dataclass(slots=True)
-class RunLog:
-    """The records of a run while it goes on: those still running, and those that ended."""
-
-    running: set[RequestRecord] = field(default_factory=set)
-    ended: list[RequestRecord] = field(default_factory=list)
-    num_cancelled: int = 0  # running when the user stopped the run: neither a success nor an error
-    num_ended_chunks: int = 0
-
-    def end(self, record: RequestRecord) -> None:
-        self.ended.append(record)
-        self.num_ended_chunks += record.num_chunks
-
-    @property
-    def num_chunks(self) -> int:
-        return self.num_ended_chunks + sum(record.num_chunks for record in self.running)
-
-    @property
-    def errors(self) -> Counter[str]:
-        return Counter(record.failure.kind for record in self.ended if record.failure)

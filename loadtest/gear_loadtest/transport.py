@@ -101,8 +101,10 @@ def _take(data: bytes, now: float, record: RequestRecord) -> bool:
             record.prompt_tokens = usage.get("prompt_tokens")
             record.completion_tokens = usage.get("completion_tokens")
         for choice in event.get("choices") or ():
-            if choice.get("text"):
+            if text := choice.get("text"):
                 record.chunk_times.append(now)
+                if record.text is not None:
+                    record.text.append(text)
             if reason := choice.get("finish_reason"):
                 record.finish_reason = reason
                 record.finished_at = now

@@ -17,6 +17,14 @@ MODEL = "stub-model"
 
 
 @dataclass
+class Answer:
+    """When a completion was asked for, and when each of its chunks left."""
+
+    arrived_at: float
+    chunk_times: list[float] = field(default_factory=list)
+
+
+@dataclass
 class StubServer:
     """Answers `max_tokens` tokens: the first after `ttft_s`, the next `itl_s` apart."""
 
@@ -33,6 +41,10 @@ class StubServer:
     keys: list[str | None] = field(default_factory=list)
     ttfts_s: list[float] = field(default_factory=list)  # what a perfect client would measure
     itls_s: list[float] = field(default_factory=list)
+    answers: "list[Answer]" = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)  # what /metrics answers: each once, the last for ever
+    stalled_until: float = 0.0  # what is due before then (perf_counter) is `stall_s` late, and what follows it
+    stall_s: float = 0.0
     num_running: int = 0
     max_running: int = 0
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -45,6 +57,8 @@ class StubServer:
         app.router.add_post("/v1/completions", self._completions)
         if self.tokens_per_word is not None:
             app.router.add_post("/tokenize", self._tokenize)
+        if self.metrics:
+            app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -64,6 +78,9 @@ class StubServer:
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": {"message": "a key is needed"}}, status=401)
         return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0])
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         return web.json_response({"count": self._count((await request.json())["prompt"]), "max_model_len": 8192})
@@ -95,18 +112,24 @@ class StubServer:
     ) -> web.StreamResponse:
         fault = self.faults.get(index)
         if fault is not None and fault.isdigit():
-            answer = {"error": {"message": f"refused with {fault}"}}
-            return web.json_response(answer, status=int(fault), headers={"Location": "/v1/completions"})
+            error = {"error": {"message": f"refused with {fault}"}}
+            return web.json_response(error, status=int(fault), headers={"Location": "/v1/completions"})
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await _write(response, {"choices": [{"text": "", "finish_reason": None}]})  # holds no token, as some servers do
         num_tokens, last_at = body["max_tokens"], None
+        answer = Answer(arrived_at)
+        self.answers.append(answer)
         for first in range(0, num_tokens, self.tokens_per_chunk):
             await asyncio.sleep(max(0.0, start + self.ttft_s + first * self.itl_s - perf_counter()))
+            if perf_counter() < self.stalled_until:
+                start += self.stall_s
+                await asyncio.sleep(self.stall_s)
             if fault is not None and first > 0:
                 await self._fail(request, response, fault)
                 return response
             now = perf_counter()
+            answer.chunk_times.append(now)
             if last_at is None:
                 self.ttfts_s.append(now - arrived_at)
             else:

@@ -4,16 +4,18 @@ import asyncio
 import itertools
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from stub_openai_server import MODEL, StubServer
 
-from gear_loadtest.arrival import poisson_offsets
+from gear_loadtest.arrival import Pattern, offsets
 from gear_loadtest.errors import ServerUnusable
 from gear_loadtest.plan import LoadPlan
 from gear_loadtest.report import Report
+from gear_loadtest.rows import Row
 from gear_loadtest.run import run_load_test
 from gear_loadtest.target import parse_target
 
@@ -21,17 +23,14 @@ NO_TERMINAL = Console(force_terminal=False)
 
 
 async def run_against(url: str, **changes: Any) -> Report:
-    options = {
-        "model": None,
-        "rate": None,
-        "concurrency": 1,
-        "num_requests": 1,
-        "input_len": 16,
-        "output_len": 4,
-        "seed": 7,
-        "timeout_s": 20.0,
-    } | changes
-    return await run_load_test(LoadPlan(**options), parse_target(url), NO_TERMINAL)
+    """Lengths may be numbers; `rows` are those of a trace or data set."""
+    rows = changes.pop("rows", None)
+    options = {"concurrency": 1, "num_requests": 1, "input_len": 16, "output_len": 4, "seed": 7, "timeout_s": 20.0}
+    options |= changes
+    options |= {name: str(options[name]) for name in ("input_len", "output_len")}
+    if options.get("rate") or options.get("trace"):
+        options["concurrency"] = None
+    return await run_load_test(LoadPlan(**options), parse_target(url), NO_TERMINAL, rows)
 
 
 async def test_latencies_are_those_of_the_server():
@@ -112,16 +111,16 @@ async def test_a_server_that_goes_away_is_a_connect_error():
 
 async def test_an_open_loop_measures_the_queue_that_a_closed_loop_hides():
     num_requests, rate, seed = 10, 40.0, 3
-    offsets = list(itertools.islice(poisson_offsets(rate, seed), num_requests))
+    due = list(itertools.islice(offsets(Pattern(), rate, seed), num_requests))
     shape: dict[str, Any] = {"num_requests": num_requests, "output_len": 1, "seed": seed}
     stub = StubServer(ttft_s=0.1, one_at_a_time=True)
     async with stub.serve():
-        opened = await run_against(stub.url, rate=rate, concurrency=None, **shape)
+        opened = await run_against(stub.url, rate=rate, **shape)
         assert stub.max_running > 3
         closed = await run_against(stub.url, concurrency=1, **shape)
     assert opened.e2e_s is not None
     assert closed.e2e_s is not None
-    waited_s = num_requests * 0.1 - offsets[-1]  # the last: after nine others, which it could not know of
+    waited_s = num_requests * 0.1 - due[-1]  # the last: after nine others, which it could not know of
     assert waited_s > 0.5
     assert waited_s - 0.005 <= opened.e2e_s.max < waited_s + 0.3
     assert closed.e2e_s.p50 < 0.2
@@ -130,7 +129,7 @@ async def test_an_open_loop_measures_the_queue_that_a_closed_loop_hides():
 async def test_a_stalled_client_counts_its_delay_in_e2e_and_not_in_service():
     stub = StubServer(ttft_s=0.05)
     async with stub.serve():
-        running = asyncio.create_task(run_against(stub.url, rate=50.0, concurrency=None, num_requests=20, output_len=1))
+        running = asyncio.create_task(run_against(stub.url, rate=50.0, num_requests=20, output_len=1))
         await stub.has_received(1)
         asyncio.get_running_loop().call_soon(time.sleep, 0.4)  # this machine stalls, the event loop with it
         report = await running
@@ -145,6 +144,47 @@ async def test_prompts_have_the_tokens_asked_for_when_the_server_can_count():
         report = await run_against(stub.url, num_requests=4, input_len=100)
     assert report.input_tokens_mean == 1 + 3 * 33
     assert len({body["prompt"] for body in stub.bodies}) == 4
+
+
+async def test_a_conversation_sends_again_what_was_said_and_waits_for_answers():
+    stub = StubServer(ttft_s=0.02)
+    async with stub.serve():
+        report = await run_against(stub.url, rate=50.0, num_requests=6, turns=3, output_len=2)
+    assert report.num_ok == 6
+    prompts = sorted((body["prompt"] for body in stub.bodies), key=len)
+    assert [len(prompt.split()) for prompt in prompts] == [16, 16, 34, 34, 52, 52]  # an answer has two words
+    for early, late in ((0, 2), (2, 4)):
+        assert any(late_prompt.startswith(prompts[early] + " word word") for late_prompt in prompts[late : late + 2])
+
+
+async def test_a_trace_is_replayed_with_its_times_and_lengths():
+    rows = [Row(None, 10 + index, 1 + index, time_s=0.2 * index) for index in range(4)]
+    stub = StubServer()
+    async with stub.serve():
+        report = await run_against(stub.url, trace=Path("trace.csv"), rows=rows, num_requests=None)
+    assert report.num_ok == 4
+    gaps = [late.arrived_at - early.arrived_at for early, late in itertools.pairwise(stub.answers)]
+    assert gaps == pytest.approx([0.2] * 3, abs=0.05)
+    assert [body["max_tokens"] for body in stub.bodies] == [1, 2, 3, 4]
+    assert [len(body["prompt"].split()) for body in stub.bodies] == [10, 11, 12, 13]
+
+
+async def test_a_warm_up_is_sent_and_not_measured():
+    stub = StubServer(ttft_s=0.05, faults={0: "500"})
+    async with stub.serve():
+        report = await run_against(
+            stub.url, rate=20.0, arrivals="constant", num_requests=None, duration_s=1.0, warmup_s=0.475, output_len=1
+        )
+    assert len(stub.bodies) == 20
+    assert (report.num_warm_up, report.num_ok, report.num_errors) == (10, 10, 0)
+    assert report.duration_s < 0.9
+
+
+async def test_a_closed_loop_may_end_by_time():
+    stub = StubServer(ttft_s=0.1)
+    async with stub.serve():
+        report = await run_against(stub.url, concurrency=2, num_requests=None, duration_s=0.45, output_len=1)
+    assert 6 <= report.num_ok <= 10
 
 
 async def test_without_a_tokenizer_the_true_length_is_still_reported():

@@ -12,9 +12,10 @@ import pytest
 from stub_openai_server import MODEL, StubServer
 
 KEYS = (
-    "url model date command interrupted num_requests num_ok num_errors num_cancelled errors error_examples duration_s "
-    "request_throughput output_token_throughput total_token_throughput input_tokens_mean output_tokens_mean chunks "
-    "ttft_s itl_s tpot_s e2e_s service_ttft_s service_e2e_s"
+    "url model date command interrupted num_requests num_ok num_errors num_cancelled num_warm_up errors "
+    "error_examples duration_s request_throughput output_token_throughput total_token_throughput input_tokens_mean "
+    "output_tokens_mean chunks ttft_s itl_s tpot_s e2e_s service_ttft_s service_e2e_s objective_met "
+    "good_share goodput good_token_throughput client server steady not_steady slice_width_s slices"
 )
 
 
@@ -64,8 +65,9 @@ async def test_a_run_prints_a_table_and_writes_json(tmp_path: Path):
     assert list(report) == KEYS.split()
     assert (report["url"], report["model"], report["interrupted"]) == (stub.url, MODEL, False)
     assert report["command"] == {
-        "model": None, "rate": None, "concurrency": 3, "num_requests": 6, "input_len": 1200, "output_len": 5,
-        "seed": 9, "timeout_s": 600.0,
+        "model": None, "rate": None, "concurrency": 3, "trace": None, "arrivals": "poisson", "num_requests": 6,
+        "duration_s": None, "warmup_s": 0.0, "input_len": "1200", "output_len": "5", "dataset": None, "prefix_len": 0,
+        "turns": 1, "slo": None, "seed": 9, "timeout_s": 600.0, "workers": 1,
     }  # fmt: skip
     assert (report["num_requests"], report["num_ok"], report["num_errors"], report["errors"]) == (6, 6, 0, {})
     assert (report["input_tokens_mean"], report["output_tokens_mean"]) == (1200, 5)
@@ -104,6 +106,7 @@ async def test_ctrl_c_still_prints_and_writes_the_report(tmp_path: Path):
         (["http://127.0.0.1:9", "--rate", "1", "--concurrency", "1"], 2, "--rate and --concurrency exclude each other"),
         (["http://127.0.0.1:9", "--rate", "0"], 2, "--rate is 0: give a number above 0"),
         (["127.0.0.1:9"], 2, "give a base such as http://127.0.0.1:8000"),
+        (["http://127.0.0.1:9", "--trace", "/no/such"], 2, "name a CSV or JSONL file"),
         (["http://192.0.2.1", "--rate", "100"], 2, "add --i-own-this-target if you may do that"),
         (["http://127.0.0.1:9", "--json", "/no/such/folder/x.json"], 2, "name a file in an existing folder"),
         (["http://127.0.0.1:9"], 1, "cannot reach http://127.0.0.1:9"),

@@ -7,34 +7,38 @@ from datetime import UTC, datetime
 from rich.console import Console
 
 from gear_loadtest.plan import LoadPlan
-from gear_loadtest.record import Failure, RequestRecord, RunLog
-from gear_loadtest.report import make_report
+from gear_loadtest.record import Failure, RequestRecord
+from gear_loadtest.report import Report, make_report
+from gear_loadtest.run_log import RunLog
+from gear_loadtest.server_metrics import ServerReport
 from gear_loadtest.table import render
 from gear_loadtest.target import parse_target
+from gear_loadtest.timeline import Timeline
+
+PLAN = LoadPlan(rate=2.0, num_requests=2, input_len="8", output_len="2")
 
 
-def printed(records: list[RequestRecord], model: str = "stub") -> str:
-    log = RunLog(ended=records)
-    report = make_report(
+def make_report_of(
+    records: list[RequestRecord], plan: LoadPlan = PLAN, model: str = "stub", duration_s: float = 2.0
+) -> Report:
+    log = RunLog(Timeline(90.0, width_s=2.0 if len(records) < 10 else 0.125))
+    for record in records:
+        log.end(record)
+    return make_report(
         log,
-        plan=LoadPlan(
-            model=None,
-            rate=2.0,
-            concurrency=None,
-            num_requests=2,
-            input_len=8,
-            output_len=2,
-            seed=1,
-            timeout_s=1,
-        ),
+        plan=plan,
         target=parse_target("http://localhost:1"),
         model=model,
         date=datetime(2026, 1, 1, tzinfo=UTC),
-        duration_s=2.0,
+        duration_s=duration_s,
         interrupted=False,
+        server=ServerReport(problem="not asked"),
     )
+
+
+def printed(records: list[RequestRecord], model: str = "stub") -> str:
     output = io.StringIO()
-    Console(file=output, width=80).print(render(report))
+    Console(file=output, width=80).print(render(make_report_of(records, model=model)))
     return output.getvalue()
 
 
@@ -62,11 +66,14 @@ def test_a_clean_run_needs_no_notes():
     assert row(text, "TTFT")[3:] == ["1,000.0"] * 5
     assert row(text, "ITL")[3:] == row(text, "TPOT")[3:] == ["500.0"] * 5
     assert row(text, "E2E")[3:] == ["1,500.0"] * 5
-    assert text.rstrip().splitlines()[-1].split()[0] == "E2E"
+    assert text.rstrip().splitlines()[-1].strip() == "No server-side view: not asked."
+    assert text.rstrip().splitlines()[-3].strip() == "Too short to find a steady state (10.0 s of load)."
 
 
 def test_a_client_that_sent_late_owns_up():
-    assert "it sent 250 ms late on average" in printed([make_record(late_s=0.5), make_record()])
+    assert "INVALID The client was the bottleneck: it sent 250 ms late on average" in printed(
+        [make_record(late_s=0.5), make_record()]
+    )
 
 
 def test_chunks_that_are_not_tokens_are_noted():
