@@ -90,7 +90,9 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "gear_pages", "gauge", "Page slots by state: free, active, cached.", labels=("state",),
         read=lambda stats, info: [
-            (("free",), stats.pages_free), (("active",), stats.pages_active), (("cached",), stats.pages_cached)
+            # Counted from the pool, because before its first step the engine has not counted anything.
+            (("free",), info.num_pages - stats.pages_active - stats.pages_cached),
+            (("active",), stats.pages_active), (("cached",), stats.pages_cached),
         ],
     ),
     MetricSpec(
@@ -107,6 +109,14 @@ METRICS: tuple[MetricSpec, ...] = (
         "gear_kv_compression_ratio", "gauge",
         "bf16 bytes of a token over its bytes in a sealed page, metadata included: a property of the preset.",
         read=lambda stats, info: [((), info.kv_compression_ratio)],
+    ),
+    MetricSpec(
+        "gear_kv_capacity_tokens", "gauge",
+        "Tokens that the pool holds in sealed pages, and that its bytes would hold in bf16.", labels=("format",),
+        read=lambda stats, info: [
+            (("gear",), info.num_pages * info.page_size),
+            (("bf16",), info.num_pages * info.page_bytes // info.bf16_token_bytes),
+        ],
     ),
     MetricSpec(
         "gear_kv_tokens", "gauge", "Tokens whose keys and values are in the pool.", read=_field("kv_tokens")

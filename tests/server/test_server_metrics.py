@@ -178,3 +178,10 @@ async def test_openmetrics_is_spoken_to_who_asks_for_it(client: httpx.AsyncClien
     open_metrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert open_metrics.headers["content-type"].startswith("application/openmetrics-text")
     assert open_metrics.text.endswith("# EOF\n")
+
+
+async def test_what_the_pool_holds_is_known_before_the_first_step(client: httpx.AsyncClient) -> None:
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'gear_kv_capacity_tokens{format="gear",model="small"} 160.0' in lines  # 10 pages of 16 tokens
+    assert 'gear_kv_capacity_tokens{format="bf16",model="small"} 100.0' in lines  # 10 000 bytes, 100 a token
+    assert 'gear_pages{model="small",state="free"} 10.0' in lines
