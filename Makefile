@@ -8,7 +8,7 @@ ARGS ?=
 # The package leaves the version of torch open; this file pins what is tested here (on Linux: the CPU build).
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install develop serve test prometheus check dist clean
+.PHONY: install develop serve test prometheus chromium check dist clean
 
 install: $(VENV)/installed
 develop: $(VENV)/developed
@@ -26,7 +26,7 @@ $(VENV)/developed: $(VENV)/installed
 serve: install
 	$(BIN)/gear-serve $(ARGS)
 
-test: develop prometheus
+test: develop prometheus chromium
 	$(BIN)/python -m pytest $(ARGS)
 
 # The dashboard's queries are tested against a real Prometheus.
@@ -35,6 +35,13 @@ prometheus:
 	  command -v apt-get >/dev/null || { echo "make test needs prometheus and promtool: install them first"; exit 1; }; \
 	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends prometheus >/dev/null; }
+
+# The page is tested in a real browser.
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "make test needs chromium and chromedriver: install them first"; exit 1; }; \
+	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
 check: develop
 	$(BIN)/ruff check .

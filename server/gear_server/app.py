@@ -23,6 +23,7 @@ from gear_server.disconnect import ClientGone
 from gear_server.errors import ApiError, GenerationFailed, describe, error_response, to_api_error
 from gear_server.metrics import Metrics
 from gear_server.model_routes import model_routes
+from gear_server.page_routes import page_routes
 from gear_server.request_log import SCOPE_KEY, RequestLog
 from gear_server.settings import Settings
 from gear_server.status_routes import status_routes
@@ -67,6 +68,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.state.context = context
     for routes in (completion_routes, chat_routes, tokenize_routes, model_routes, status_routes):
         app.include_router(routes(context))
+    app.include_router(page_routes())
     _handle_errors(app, context)
     return app
 

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gear_server.errors import ApiError, error_response
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # "/": the static page holds no data and asks for the key
+OPEN_PREFIX = "/page/"  # its files
 
 
 class RequireKey:
@@ -21,7 +22,7 @@ class RequireKey:
         self._digests = [_digest(key.encode()) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._is_allowed(scope):
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._is_allowed(scope):
             await self._app(scope, receive, send)
             return
         await error_response(_refusal(scope))(scope, receive, send)
@@ -39,6 +40,10 @@ def cache_salt(request: Request, salt: str, *, isolate_keys: bool) -> str:
     if not isolate_keys:
         return salt
     return f"{_digest(_bearer_token(request.scope) or b'').hex()} {salt}"  # of one length: no salt imitates a key
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
 
 
 def _digest(key: bytes) -> bytes:

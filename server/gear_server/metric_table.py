@@ -94,7 +94,9 @@ METRICS: tuple[MetricSpec, ...] = (
         "gear_pages", "gauge", "Page slots: free, active (in use), cached (kept until they are needed).",
         labels=("state",),
         read=lambda stats, info: [
-            (("free",), stats.pages_free), (("active",), stats.pages_active), (("cached",), stats.pages_cached)
+            # Counted from the pool, because before its first step the engine has not counted anything.
+            (("free",), info.num_pages - stats.pages_active - stats.pages_cached),
+            (("active",), stats.pages_active), (("cached",), stats.pages_cached),
         ],
     ),
     MetricSpec(
@@ -112,6 +114,14 @@ METRICS: tuple[MetricSpec, ...] = (
         "gear_kv_compression_ratio", "gauge",
         "bf16 bytes of a token over its bytes in a sealed page, metadata included: a property of the preset.",
         read=lambda stats, info: [((), info.kv_compression_ratio)],
+    ),
+    MetricSpec(
+        "gear_kv_capacity_tokens", "gauge",
+        "Tokens that the pool holds in sealed pages, and that its bytes would hold in bf16.", labels=("format",),
+        read=lambda stats, info: [
+            (("gear",), info.num_pages * info.page_size),
+            (("bf16",), info.num_pages * info.page_bytes // info.bf16_token_bytes),
+        ],
     ),
     MetricSpec(
         "gear_kv_tokens", "gauge", "Tokens that running sequences have in the pool; shared ones count once.",

@@ -186,3 +186,10 @@ def test_the_page_of_metrics_is_the_tables() -> None:
     page = Path(__file__).parents[2] / "docs/metrics.md"
     assert page.read_text() == markdown(), "python -m gear_server.metric_docs > docs/metrics.md"
     assert set(VLLM_NAMES) <= {spec.name for spec in METRICS}
+
+
+async def test_what_the_pool_holds_is_known_before_the_first_step(client: httpx.AsyncClient) -> None:
+    lines = (await client.get("/metrics")).text.splitlines()
+    assert 'gear_kv_capacity_tokens{format="gear",model="small"} 160.0' in lines  # 10 pages of 16 tokens
+    assert 'gear_kv_capacity_tokens{format="bf16",model="small"} 100.0' in lines  # 10 000 bytes, 100 a token
+    assert 'gear_pages{model="small",state="free"} 10.0' in lines
