@@ -60,6 +60,8 @@ class LoadPlan:
         parse_lengths("--output-len", self.output_len)
         if parse_pattern(self.arrivals) != Pattern() and self.rate is None:
             raise UsageError(f"--arrivals {self.arrivals} spreads requests around a rate: give --rate too")
+        if self.concurrency is not None and self.workers > self.concurrency:
+            raise UsageError(f"--workers {self.workers} have less than one request each: raise --concurrency")
         if self.dataset is not None and self.trace is not None:
             raise UsageError("--dataset and --trace exclude each other: a trace says what is asked, too")
         if self.turns > 1 and self.trace is not None:
