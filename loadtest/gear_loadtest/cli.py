@@ -168,6 +168,16 @@ def load_test(
             show_default=False,
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        Option(
+            min=1,
+            max=256,
+            help="Processes that send: more where one says INVALID for want of CPU.",
+            metavar="N",
+            rich_help_panel=_LOAD,
+        ),
+    ] = 1,
     json_path: Annotated[
         Path | None,
         Option(
@@ -235,6 +245,7 @@ def load_test(
             slo=slo,
             seed=seed if seed is not None else random.randrange(2**31),
             timeout_s=timeout_s,
+            workers=workers,
         )
         files = OutputFiles(json=json_path, csv=csv_path, html=html_path, png=png_path)
         rates = search_rates(plan, sweep_rates, find_max=find_max)

@@ -37,7 +37,7 @@ class Ratio:
     @property
     def verdict(self) -> str:
         if self.low <= 1 <= self.high:
-            return "no difference shown"
+            return "undecided"
         return "better" if (self.ratio > 1) == self.higher_is_better else "worse"
 
 

@@ -13,6 +13,7 @@ from gear_loadtest.arrival import Pattern, offsets, parse_pattern
 from gear_loadtest.errors import UsageError
 from gear_loadtest.lengths import parse_lengths
 from gear_loadtest.rows import Row, read_rows
+from gear_loadtest.slo import parse_objective
 from gear_loadtest.target import Target
 
 MAX_FOREIGN_RATE = 50.0  # requests/s
@@ -58,8 +59,12 @@ class LoadPlan:
             raise UsageError(f"--warmup-s is {self.warmup_s:g}: give seconds from 0 to less than the run takes")
         parse_lengths("--input-len", self.input_len)
         parse_lengths("--output-len", self.output_len)
+        if self.slo is not None:
+            parse_objective(self.slo)
         if parse_pattern(self.arrivals) != Pattern() and self.rate is None:
             raise UsageError(f"--arrivals {self.arrivals} spreads requests around a rate: give --rate too")
+        if self.concurrency is not None and self.workers > self.concurrency:
+            raise UsageError(f"--workers {self.workers} have less than one request each: raise --concurrency")
         if self.dataset is not None and self.trace is not None:
             raise UsageError("--dataset and --trace exclude each other: a trace says what is asked, too")
         if self.turns > 1 and self.trace is not None:

@@ -128,7 +128,7 @@ def _sweep_figure(result: Sweep) -> Figure:
     left.plot(rates, rates, "--", color=_GREY, label="asked")
     left.plot(rates, [run.request_throughput for run in runs], "o-", color=_GREEN, label="done")
     if any(run.goodput is not None for run in runs):
-        left.plot(rates, [run.goodput or 0.0 for run in runs], "o-", color=_BLUE, label="good")
+        left.plot(rates, [run.goodput or 0.0 for run in runs], "o--", color=_BLUE, label="good")
     right.set_title("Latency, ms, by requests/s asked")
     right.plot(
         rates, [run.ttft_s.p99 * 1000 if run.ttft_s else None for run in runs], "o-", color=_ORANGE, label="TTFT p99"
@@ -139,5 +139,6 @@ def _sweep_figure(result: Sweep) -> Figure:
             if rate is not None:
                 axes.axvline(rate, color=color, linestyle=":", label=f"{name}: {rate:.3g}/s")
         axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left")
+        axes.margins(y=0.25)
+        axes.legend(loc="upper left", ncols=2)
     return figure

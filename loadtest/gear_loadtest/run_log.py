@@ -69,6 +69,10 @@ class Glance:
     recent_ttft_s: Histogram
     recent_itl_s: Histogram
 
+    @classmethod
+    def nothing(cls) -> "Glance":
+        return cls(0, 0, 0, 0, Histogram(), Histogram())
+
     def plus(self, other: "Glance") -> "Glance":
         for mine, theirs in ((self.recent_ttft_s, other.recent_ttft_s), (self.recent_itl_s, other.recent_itl_s)):
             mine.merge(theirs)

@@ -19,7 +19,7 @@ _MAX_RUNS = 20
 @dataclass(frozen=True, slots=True)
 class Sweep:
     runs: list[Report]  # by rising rate
-    knee_rate: float | None  # where throughput over latency is greatest (Kleinrock's power)
+    knee_rate: float | None  # where throughput over latency is greatest (Kleinrock's power); None: not within these
     max_rate: float | None  # the highest that met the objective, of a search
     interrupted: bool
 
@@ -72,4 +72,7 @@ def _knee(runs: list[Report]) -> float | None:
         for run in runs
         if run.e2e_s is not None and run.command.rate is not None and not run.interrupted
     }
-    return max(power, key=lambda rate: power[rate]) if len(power) > 2 else None
+    if len(power) < 3:
+        return None
+    best = max(power, key=lambda rate: power[rate])
+    return best if best < max(power) else None  # still rising at the highest rate: the knee lies beyond

@@ -16,7 +16,6 @@ from gear_loadtest.target import Target
 
 _INTERVAL_S = 1.0
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
-_MAX_BYTES = 4 << 20
 
 GAUGES = (  # name, what it is
     ("gear_peak_memory_bytes", "peak memory"),
@@ -130,7 +129,7 @@ async def _scrape(session: aiohttp.ClientSession, target: Target) -> dict[str, f
         async with session.get(url, timeout=_TIMEOUT, allow_redirects=False) as response:
             if response.status != HTTPStatus.OK:
                 return f"{url} answered {response.status}"
-            return parse_metrics((await response.content.read(_MAX_BYTES)).decode(errors="replace"))
+            return parse_metrics(await response.text(errors="replace"))
     except (aiohttp.ClientError, OSError):  # OSError: also a timeout
         return f"{url} did not answer"
 

@@ -8,8 +8,6 @@ import math
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from gear_loadtest.errors import UsageError
 from gear_loadtest.record import RequestRecord
 
@@ -39,7 +37,7 @@ class Objective:
     def _keeps_itl(self, record: RequestRecord) -> bool:
         if math.isinf(self.itl_s) or record.num_chunks < 2:
             return True
-        num_slow = int(np.count_nonzero(np.diff(record.chunk_times) > self.itl_s))
+        num_slow = sum(gap > self.itl_s for gap in record.itls_s)
         return num_slow <= self.max_bad(record.num_chunks - 1)
 
     def max_bad(self, num: int) -> int:

@@ -210,7 +210,8 @@ def _number(value: float | None) -> str:
 def render_runs(runs: list[Report]) -> Table:
     """One row a run; TTFT and ITL at the 99th percentile."""
     table = _table()
-    for name in ("requests/s", "done/s", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99", "good", ""):
+    table.collapse_padding = True
+    for name in ("asked/s", "done/s", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99", "good", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         good = "–" if run.good_share is None else f"{run.good_share:.1%}"
@@ -218,7 +219,7 @@ def render_runs(runs: list[Report]) -> Table:
         if run.interrupted or run.client.invalid:
             verdict = Text("cut off" if run.interrupted else "INVALID", "bold yellow")
         if run.num_errors and run.good_share is None:
-            verdict.append(f" {run.num_errors:,} failed", "bold red")
+            verdict = Text(f"{run.num_errors:,} failed", "bold red")
         table.add_row(
             f"{run.command.rate:,.3g}", _number(run.request_throughput), _number(run.output_token_throughput),
             *(_milliseconds(measured)[place] for measured in (run.ttft_s, run.itl_s) for place in (1, 3)),
@@ -235,6 +236,8 @@ def render_sweep(result: Sweep) -> RenderableType:
         parts.append(Text(" No rate met the objective.", "bold red"))
     if result.knee_rate is not None:
         parts.append(Text(f" Knee, where throughput over latency is greatest: {result.knee_rate:,.3g} requests/s."))
+    elif len(result.runs) > 2:
+        parts.append(Text(" No knee within these rates.", "dim"))
     if result.interrupted:
         parts.append(Text(" Interrupted: this is what was measured.", "yellow"))
     return Group("", *parts, "")
@@ -242,11 +245,10 @@ def render_sweep(result: Sweep) -> RenderableType:
 
 def render_comparison(a: Run, b: Run, ratios: list[Ratio]) -> RenderableType:
     table = _table()
-    table.add_column(_title("B over A", "95 % interval"), ratio=1)
-    for name in ("A", "B", "ratio"):
-        table.add_column(name, justify="right")
-    table.add_column("interval", justify="right")
-    table.add_column("")
+    table.add_column(_title("B over A", ""), ratio=1, no_wrap=True)
+    for name in ("A", "B", "ratio", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     styles = {"better": "green", "worse": "red"}
     for one in ratios:
         scale, unit = (1, "") if one.higher_is_better else (1000, " ms")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from stub_openai_server import MODEL, StubServer
+from typer.testing import CliRunner
+
+from gear_loadtest.cli import app
 
 KEYS = (
     "url model date command interrupted num_requests num_ok num_errors num_cancelled num_warm_up errors "
@@ -106,25 +109,27 @@ async def test_ctrl_c_still_prints_and_writes_the_report(tmp_path: Path):
         (["http://127.0.0.1:9", "--rate", "1", "--concurrency", "1"], 2, "--rate and --concurrency exclude each other"),
         (["http://127.0.0.1:9", "--rate", "0"], 2, "--rate is 0: give a number above 0"),
         (["127.0.0.1:9"], 2, "give a base such as http://127.0.0.1:8000"),
+        (["http://127.0.0.1:9", "--find-max-rate"], 2, "add --slo"),
+        (["http://192.0.2.1", "--find-max-rate", "--slo", "ttft=1s"], 2, "add --i-own-this-target if you may do that"),
+        (["http://127.0.0.1:9", "--rate", "1", "--slo", "ttft"], 2, "write it like ttft=500ms"),
         (["http://127.0.0.1:9", "--trace", "/no/such"], 2, "name a CSV or JSONL file"),
         (["http://192.0.2.1", "--rate", "100"], 2, "add --i-own-this-target if you may do that"),
         (["http://127.0.0.1:9", "--json", "/no/such/folder/x.json"], 2, "name a file in an existing folder"),
         (["http://127.0.0.1:9"], 1, "cannot reach http://127.0.0.1:9"),
     ],
 )
-async def test_what_cannot_run_is_refused_in_one_sentence(arguments: list[str], status: int, sentence: str):
-    outcome = await gear_loadtest(*arguments)
-    assert outcome.status == status
+def test_what_cannot_run_is_refused_in_one_sentence(arguments: list[str], status: int, sentence: str):
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == status
     assert sentence in outcome.stderr
     assert outcome.stderr.startswith("gear-loadtest: ")
     assert outcome.stderr.count("\n") == 1
     assert outcome.stdout == ""
 
 
-async def test_a_run_that_never_began_leaves_no_file(tmp_path: Path):
+def test_a_run_that_never_began_leaves_no_file(tmp_path: Path):
     path = tmp_path / "report.json"
-    outcome = await gear_loadtest("http://127.0.0.1:9", "--json", str(path))
-    assert outcome.status == 1
+    assert CliRunner().invoke(app, ["http://127.0.0.1:9", "--json", str(path)]).exit_code == 1
     assert not path.exists()
 
 

@@ -17,7 +17,7 @@ from gear_loadtest.distribution import Distribution
 from gear_loadtest.report import Report
 
 # Few at once: the stub shares the event loop, so what it writes in a burst is read a little later.
-RATE, NUM_REQUESTS, NUM_TOKENS, SEED, STALL_S = 12.0, 30, 6, 5, 2.0
+RATE, NUM_REQUESTS, NUM_TOKENS, SEED, STALL_S = 14.0, 30, 6, 5, 2.0
 
 
 def truth(values: list[float]) -> Distribution:
