@@ -5,14 +5,15 @@ from formats import FORMATS
 
 from gear_compression import PRESETS, layout_for
 from gear_compression.cuda.compiler import ARCHITECTURES, compile_cubin, header
+from gear_compression.cuda.seal import OPTIONS as SEAL
 
 DECODE = {"window": 0, "softcap": 0, "float_out": 0, "min_ctas": 4}
 KERNELS = [
     ("decode.cu", "near-lossless", DECODE),
     ("decode.cu", "gear-4bit", DECODE | {"window": 1, "softcap": 1}),
     ("decode.cu", "none", DECODE | {"float_out": 1}),
-    ("seal.cu", "near-lossless", {}),
-    ("seal.cu", "gear-2bit", {}),
+    ("seal.cu", "near-lossless", SEAL),
+    ("seal.cu", "gear-2bit", SEAL),
     ("dequantize.cu", "balanced", {}),
     ("append.cu", "near-lossless", {"rotate_keys": 0, "rotate_values": 1}),
 ]

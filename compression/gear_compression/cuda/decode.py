@@ -110,8 +110,9 @@ def decode_attention(
 ) -> Tensor:
     """q [N, Q, D] bf16 → [N, Q, D] bf16; the new token's K and V are in its open page already.
 
-    slab [num_slots, page_bytes] uint8; tables as `DecodeTables`; window and softcap 0: none. num_splits and
-    pages_per_split as `choose_splits` gives them for the longest sequence, or any that cover it.
+    slab [num_slots, page_bytes] uint8. int32 on the device: page_table [N, P] slots of sealed pages, open_slots [N, R]
+    runs of the page that the new token belongs to, lengths [N] tokens with the new one (0 is padding). window and
+    softcap 0: none. num_splits and pages_per_split as `choose_splits` gives them for the longest sequence.
     """
     return decode_into(
         torch.empty_like(q), slab, page_table, open_slots, lengths, q, layout, layer, num_splits, pages_per_split,

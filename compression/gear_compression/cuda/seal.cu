@@ -8,7 +8,6 @@
 constexpr int kThreads = 128;
 constexpr int kStride = D + 2;  // of a token in shared memory: rows and columns are both read without bank conflicts
 constexpr float kTiny = 1e-30f;
-#define ROUNDS 3  // of the subspace iteration, as reference/low_rank.py has them
 
 struct Args {
   uint8_t* pool;
@@ -22,7 +21,6 @@ struct Args {
   PageList pages;
 };
 
-DEVICE float from_bf16(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
 DEVICE uint16_t bf16_up(float x) {  // the smallest bf16 that is at least x
   const uint32_t bits = __float_as_uint(x);
   return (bits >> 16) + ((bits & 0xffff) != 0 && !(bits >> 31));
@@ -78,7 +76,7 @@ struct Sealing {
 
   DEVICE static int token_of(int v, int i) { return IS_KEYS ? i : v; }
   DEVICE static int channel_of(int v, int i) { return IS_KEYS ? v : i; }
-  DEVICE float exact(int token, int channel) const { return from_bf16(x[token * kStride + channel]); }
+  DEVICE float exact(int token, int channel) const { return low_bf16(x[token * kStride + channel]); }
   DEVICE bool is_outlier(int v, int i) const {
     bool found = false;
 #pragma unroll
@@ -230,7 +228,7 @@ struct Sealing {
 #pragma unroll 1
     for (int round = 0;; round++) {
       orthonormalize();
-      if (round == ROUNDS) break;
+      if (round == Options::rounds) break;
       project(times);
       for (int token = threadIdx.x; token < S; token += kThreads) {
         float sum[kRank] = {};
@@ -257,12 +255,12 @@ struct Sealing {
     if constexpr (Part::factor_bits == 16) {
       for (int at = threadIdx.x; at < S * R; at += kThreads) {
         const uint16_t y = to_bf16(a[at]);
-        a[at] = from_bf16(y);
+        a[at] = low_bf16(y);
         ((uint16_t*)(record + Part::tokens_factor))[IS_KEYS ? at : at % R * S + at / R] = y;
       }
       for (int at = threadIdx.x; at < D * R; at += kThreads) {
         const uint16_t y = to_bf16(b[at]);
-        b[at] = from_bf16(y);
+        b[at] = low_bf16(y);
         ((uint16_t*)(record + Part::channels_factor))[at % R * D + at / R] = y;
       }
     } else {  // codes 0 … 15 that mean -7 … 8, one scale a column
@@ -287,7 +285,7 @@ struct Sealing {
           float& y = b[channel * R + r];
           y = fminf(fmaxf(rintf(y / b_scale) + kZero, 0.f), 15.f);
         }
-        scratch[r] = from_bf16(stored);
+        scratch[r] = low_bf16(stored);
       }
       __syncthreads();
       for (int at = threadIdx.x; at < S / 2 * R; at += kThreads) {  // two tokens by rank
@@ -344,9 +342,9 @@ struct Sealing {
         if (Part::scale_bits == 16) {
           const uint16_t stored = bf16_down(zero[at]);
           ((uint16_t*)(record + Part::zero))[at] = stored;
-          zero[at] = from_bf16(stored);
+          zero[at] = low_bf16(stored);
         } else {
-          const float unit = from_bf16(zero_unit);
+          const float unit = low_bf16(zero_unit);
           const float count = fminf(fmaxf(floorf(zero[at] / unit), -128.f), 127.f);
           ((signed char*)(record + Part::zero))[at] = (signed char)count;
           zero[at] = count * unit;
@@ -360,9 +358,9 @@ struct Sealing {
       if (Part::scale_bits == 16) {
         const uint16_t stored = bf16_up(fmaxf(scale[at], kTiny));
         ((uint16_t*)(record + Part::scale))[at] = stored;
-        scale[at] = from_bf16(stored);
+        scale[at] = low_bf16(stored);
       } else {
-        const float unit = from_bf16(scale_unit);
+        const float unit = low_bf16(scale_unit);
         const float count = fminf(fmaxf(ceilf(scale[at] / unit), 1.f), 255.f);
         record[Part::scale + at] = (uint8_t)count;
         scale[at] = count * unit;

@@ -9,9 +9,10 @@ from torch import Tensor
 from gear_compression.cuda.compiler import CudaKernel, cuda_kernel, header
 from gear_compression.cuda.layouts import layout_of
 from gear_compression.layout import PageLayout
-from gear_compression.reference.low_rank import start_matrix
+from gear_compression.reference.low_rank import NUM_ROUNDS, start_matrix
 
 THREADS = 128
+OPTIONS = {"rounds": NUM_ROUNDS}  # of the subspace iteration
 
 
 class PageListArgs(ctypes.Structure):
@@ -55,7 +56,7 @@ def _shared_bytes(layout: PageLayout, layer: int) -> int:
 
 @functools.cache
 def _kernel(layout: PageLayout, layer: int) -> CudaKernel:
-    return cuda_kernel("seal.cu", "seal", header(layout, layer, {}), _shared_bytes(layout, layer))
+    return cuda_kernel("seal.cu", "seal", header(layout, layer, OPTIONS), _shared_bytes(layout, layer))
 
 
 @functools.cache
