@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, one synchronous and deterministic step at a time.
 
-`step` reads schedule → move → run → sample → commit; speed goes around it, not into it.
+`step` reads schedule → move → run → draw → advance → commit; a runner may compute a batch while the next is scheduled.
 """
 
 import logging
@@ -11,12 +11,13 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
 from gear_engine.runner import Runner, RunResult
-from gear_engine.sampler import Sampler, SamplingRow
+from gear_engine.sampler import Sampler, SamplingRow, reads_history
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled, Sequence
+from gear_engine.sequence import Batch, Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,54 @@ class Limits:
     vocab_size: int
 
 
+class Numbers:
+    """Integers of the device on their way to the host, in one copy."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._sizes = [len(tensor) for tensor in tensors]
+        packed = torch.cat([tensor.long() for tensor in tensors])
+        self._arrived: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._values.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._values = packed
+
+    def wait(self) -> list[list[int]]:
+        """Of each tensor, once they are there."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return [part.tolist() for part in self._values.split(self._sizes)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What ran at once of a batch: all of it, unless memory did not suffice."""
+
+    scheduled: list[Scheduled]
+    result: RunResult
+    numbers: Numbers  # poisoned, drawn
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch that the device computes, or has computed."""
+
+    batch: Batch
+    failed: dict[str, str]
+    parts: list[_Part]
+
+
+def sampling_row(sequence: Sequence) -> SamplingRow:
+    params = sequence.params
+    if not reads_history(params):
+        return SamplingRow(params, sequence.seed, sequence.num_output)
+    tokens, num_prompt = sequence.token_ids, sequence.num_prompt
+    return SamplingRow(params, sequence.seed, sequence.num_output, tokens[:num_prompt], tokens[num_prompt:])
+
+
 class Engine:
     """Owns the scheduler, the runner and the sampler; a request is known to it by its id."""
 
@@ -37,12 +86,13 @@ class Engine:
         self.runner = runner
         self.sampler = sampler
         self.limits = limits
+        self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
         self._num_arrivals = 0
         self._seeds = random.Random()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError` for what cannot run as asked."""
@@ -76,23 +126,73 @@ class Engine:
         return RequestOutput(request_id, [], finish_reason="abort")
 
     def step(self) -> StepReport:
-        """Compute one batch. A request that fails ends with an error; the others go on."""
+        """Launch one batch and commit one. A request that fails ends with an error; the others go on.
+
+        Where the runner overlaps, the batch that is committed is the one before: its tokens travel, and this one is
+        scheduled, while the device computes. Else it is the same.
+        """
         start_s = time.monotonic()
+        outputs: list[RequestOutput] = []
+        page_errors: list[PageError] = []
+        before, self._in_flight = self._in_flight, None
+        if before and self._needs_tokens():
+            outputs += self._commit(before, page_errors)
+            before = None
         batch = self.scheduler.schedule()
         queue_times_s = [
             start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
         ]
-        tokens: dict[str, int] = {}
-        failed: dict[str, str] = {}
-        page_errors: list[PageError] = []
-        self.runner.move(batch.moves)
-        for part, result in self._run(batch.scheduled, failed):
-            self._sample(part, result, tokens, failed)
-            page_errors += result.page_errors
-        outputs = self.scheduler.commit(batch, tokens, failed)
+        launched = self._launch(batch)
+        if before:
+            outputs += self._commit(before, page_errors)
+        self.scheduler.advance(batch)
+        if not self.runner.overlaps:
+            outputs += self._commit(launched, page_errors)
+        elif batch.scheduled:
+            self._in_flight = launched
         return StepReport(
             outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
+
+    def _needs_tokens(self) -> bool:
+        """Whether the next batch cannot be sampled before the tokens of the last one are known."""
+        return any(s.num_pending and reads_history(s.params) for s in self.scheduler.running)
+
+    def _launch(self, batch: Batch) -> "_Launched":
+        """Hand a batch to the device: what it copies, computes and draws."""
+        self.runner.move(batch.moves)
+        failed: dict[str, str] = {}
+        parts = []
+        drawn_by: list[Sequence] = []
+        for scheduled, result in self._run(batch.scheduled, failed):
+            sampling = [item.sequence for item in scheduled if item.samples]
+            tokens = self.sampler.draw(result.logits, [sampling_row(sequence) for sequence in sampling])
+            drawn_by += sampling
+            parts.append((scheduled, result, tokens))
+        self.runner.keep_drawn(drawn_by, [tokens for *_, tokens in parts])
+        return _Launched(
+            batch,
+            failed,
+            [_Part(scheduled, result, Numbers(result.poisoned, tokens)) for scheduled, result, tokens in parts],
+        )
+
+    def _commit(self, launched: "_Launched", page_errors: list[PageError]) -> list[RequestOutput]:
+        """Wait for what a batch drew, and tell the scheduler."""
+        tokens: dict[str, int] = {}
+        failed = launched.failed
+        for part in launched.parts:
+            poisoned, drawn = part.numbers.wait()
+            for item, is_poisoned in zip(part.scheduled, poisoned, strict=True):
+                if is_poisoned:
+                    failed[item.sequence.request_id] = "the model computed NaN or infinity for this request"
+            sampling = [item.sequence for item in part.scheduled if item.samples]
+            for sequence, token in zip(sampling, drawn, strict=True):
+                if token < 0:
+                    failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
+                else:
+                    tokens[sequence.request_id] = token
+            page_errors += part.result.page_errors
+        return self.scheduler.commit(launched.batch, tokens, failed)
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
@@ -111,25 +211,6 @@ class Engine:
                 return []
         half = len(scheduled) // 2
         return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
-
-    def _sample(
-        self, scheduled: list[Scheduled], result: RunResult, tokens: dict[str, int], failed: dict[str, str]
-    ) -> None:
-        for item, poisoned in zip(scheduled, result.poisoned, strict=True):
-            if poisoned:
-                failed[item.sequence.request_id] = "the model computed NaN or infinity for this request"
-        sampling = [item.sequence for item in scheduled if item.samples]
-        if not sampling:
-            return
-        rows = [
-            SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
-            for s in sampling
-        ]
-        for sequence, token in zip(sampling, self.sampler.sample(result.logits, rows), strict=True):
-            if token is None:
-                failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
-            else:
-                tokens[sequence.request_id] = token
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())

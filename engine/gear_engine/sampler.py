@@ -41,7 +41,14 @@ class Sampler:
         self.eos_token_ids = tuple(eos_token_ids)
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-        """logits: [N, V] of any float type -> N tokens; None where no token can be chosen (NaN, +inf, or all -inf)."""
+        """As `draw`, on the host; None where no token can be chosen."""
+        return [None if token < 0 else token for token in self.draw(logits, rows).tolist()]
+
+    def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """logits: [N, V] of any float type -> [N] int64 tokens on the same device, not waited for.
+
+        -1 where no token can be chosen (NaN, +inf, or all -inf).
+        """
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
         logits = _adjusted(logits, rows, self.eos_token_ids)
@@ -51,8 +58,12 @@ class Sampler:
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
             tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in drawn])
-        tokens = tokens.where(healthy, -1)  # -1: no token; one copy to the host for the whole batch
-        return [None if token < 0 else token for token in tokens.tolist()]
+        return tokens.where(healthy, -1)
+
+
+def reads_history(params: SamplingParams) -> bool:
+    """Whether the next token depends on those before it otherwise than through the model."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 @dataclass(slots=True)
