@@ -32,7 +32,7 @@ class AttentionTarget(Protocol):
 
     def attend(
         self,
-        layer_idx: int,
+        module: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -41,7 +41,7 @@ class AttentionTarget(Protocol):
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """q: [T, Q, D], k and v: [T, H, D], strided views -> [T, Q, D], contiguous.
+        """q: [T, Q, D], k and v: [T, H, D], strided views -> [T, Q, D], contiguous; `module.layer_idx` names the layer.
 
         softmax(cap(scaling * q k)) v, where cap(x) = softcap * tanh(x / softcap); a sliding window of n tokens is the
         token itself and the n - 1 before it.
@@ -95,7 +95,7 @@ def _gear_attention(
     if isinstance(gear_batch, _TrialBatch):
         gear_batch.inspect(module, query, key, value, {**arguments, "attention_mask": attention_mask})
     output = gear_batch.attend(
-        module.layer_idx,  # type: ignore[arg-type]
+        module,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
@@ -128,7 +128,7 @@ class _TrialBatch:
 
     def attend(
         self,
-        layer_idx: int,
+        module: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -138,7 +138,8 @@ class _TrialBatch:
         softcap: float | None,
     ) -> Tensor:
         (T, Q, D), H = q.shape, k.shape[1]
-        self.layers[layer_idx] = LayerAttention(scaling, sliding_window, softcap, Q, H, D)
+        assert isinstance(module.layer_idx, int)
+        self.layers[module.layer_idx] = LayerAttention(scaling, sliding_window, softcap, Q, H, D)
         position = torch.arange(T, device=q.device)
         distance = position[:, None] - position
         visible = (distance >= 0) & (position[:, None] // NUM_TRIAL_TOKENS == position // NUM_TRIAL_TOKENS)

@@ -14,12 +14,34 @@ from transformers import PreTrainedConfig
 
 from gear_compression.layout import Layout
 from gear_engine.protocol import EngineStartError, MemoryRow
+from gear_engine.sampler import MAX_DRAWN
 from gear_engine.slots import num_slots_for_one, num_slots_held
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?(B)?"
-DEFAULT_FRACTION = 0.5  # of a host's memory, which other programs need too
 DEFAULT_SWAP_BYTES = 4 * 2**30
+GRAPHS_BYTES = 2**30  # CUDA graphs of all sizes, and what libraries keep as workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What memory there is, and how a step uses it."""
+
+    name: str  # "cpu" or "cuda"
+    total_bytes: int
+    default_fraction: float
+    swap_bytes: int | None  # of host memory, for swap space; None: it is the device's own
+
+
+def host_device() -> Device:
+    """Half of a host's memory is for us, which other programs need too."""
+    return Device("cpu", host_bytes(), 0.5, None)
+
+
+def cuda_device() -> Device:
+    import torch
+
+    return Device("cuda", torch.cuda.mem_get_info()[1], 0.9, psutil.virtual_memory().available // 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +58,7 @@ class MemoryPlan:
     max_model_len: int  # tokens
     max_running: int
     layout: Layout
+    swap_apart: bool = False  # swap space is not of this memory
 
     @property
     def pages_bytes(self) -> int:
@@ -47,8 +70,8 @@ class MemoryPlan:
 
     @property
     def headroom_bytes(self) -> int:
-        taken = self.runtime_bytes + self.weights_bytes + self.activations_bytes + self.pages_bytes + self.swap_bytes
-        return self.budget_bytes - taken
+        taken = self.runtime_bytes + self.weights_bytes + self.activations_bytes + self.pages_bytes
+        return self.budget_bytes - taken - (0 if self.swap_apart else self.swap_bytes)
 
     @property
     def tokens_gear(self) -> int:
@@ -100,10 +123,10 @@ def size(num_bytes: int) -> str:
     raise AssertionError
 
 
-def parse_memory(memory: str, total_bytes: int) -> int:
+def parse_memory(memory: str, total_bytes: int, default_fraction: float = 0.5) -> int:
     """ "auto", a fraction such as 0.9, or a size such as 8GiB → bytes. Raises EngineStartError for anything else."""
     if memory == "auto":
-        return int(DEFAULT_FRACTION * total_bytes)
+        return int(default_fraction * total_bytes)
     match = re.fullmatch(_SIZE, memory.strip().upper())
     if match is None:
         raise EngineStartError(f"--memory {memory!r} is neither a fraction such as 0.9 nor a size such as 8GiB")
@@ -142,6 +165,17 @@ def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, 
     return layer + scores + scratch + sampling
 
 
+def gpu_activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, rows: int, max_len: int) -> int:
+    """The same for a step on a GPU, whose layers are compiled and whose attention keeps no scores."""
+    hidden, wide = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    projections = 2 * (config.num_attention_heads + 2 * layout.num_kv_heads) * layout.head_dim
+    layer = tokens * 2 * (4 * hidden + 3 * wide + projections)
+    scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * (max_len // layout.page_size + 1) * layout.page_size
+    logits = 2 * 2 * rows * config.vocab_size  # as computed, and as the graphs leave them
+    sampling = 48 * min(rows * config.vocab_size, MAX_DRAWN)
+    return layer + scratch + logits + sampling + GRAPHS_BYTES
+
+
 def host_bytes() -> int:
     """Memory that this process may use: the machine's, or less where a container's limit says so."""
     total = psutil.virtual_memory().total
@@ -166,25 +200,31 @@ def plan_memory(
     max_running: int,
     max_batch_tokens: int,
     swap_space: str = "auto",
+    device: Device | None = None,
 ) -> MemoryPlan:
     """Divide the budget. `max_model_len` None: as long as the model allows and one sequence fits."""
     if max_model_len is not None and max_model_len > max_position:
         raise EngineStartError(
             f"--max-model-len {max_model_len} is more than the {max_position} tokens of this model: lower it"
         )
-    total = host_bytes()
-    budget = parse_memory(memory, total)
+    device = device or host_device()
+    total = device.total_bytes
+    budget = parse_memory(memory, total, device.default_fraction)
 
     def planned(length: int) -> MemoryPlan:
-        activations = activations_bytes(config, layout, tokens=max_batch_tokens, rows=max_running, max_len=length)
+        sizes = activations_bytes if device.name == "cpu" else gpu_activations_bytes
+        activations = sizes(config, layout, tokens=max_batch_tokens, rows=max_running, max_len=length)
         left = max(budget - runtime_bytes - weights_bytes - activations, 0)
-        swap = parse_swap_space(swap_space, left)
+        swap = parse_swap_space(swap_space, left if device.swap_bytes is None else device.swap_bytes)
         pages = num_pages
         if pages is None:  # as many as all running sequences could fill
-            pages = min(max(left - swap, 0) // layout.page_bytes, max_running * num_slots_for_one(layout, length))
+            pages = min(
+                max(left - (swap if device.swap_bytes is None else 0), 0) // layout.page_bytes,
+                max_running * num_slots_for_one(layout, length),
+            )
         return MemoryPlan(
             total, budget, runtime_bytes, weights_bytes, activations, pages, swap // layout.page_bytes, length,
-            max_running, layout,
+            max_running, layout, device.swap_bytes is not None,
         )  # fmt: skip
 
     def fits(length: int) -> bool:

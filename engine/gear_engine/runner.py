@@ -5,13 +5,12 @@ Owns the pool and the model; knows nothing of requests, of what comes next, or o
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gear_compression.cpu.backend import CpuBackend
 from gear_compression.layout import Layout
 from gear_compression.paged import PagedBatch
 from gear_compression.reference.attention import ReferenceBackend
@@ -20,7 +19,19 @@ from gear_engine.prefix_cache import Move
 from gear_engine.protocol import PageError
 from gear_engine.sequence import Scheduled, Sequence
 
-BACKENDS: dict[str, type[CpuBackend] | type[ReferenceBackend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
+if TYPE_CHECKING:
+    from gear_compression.cpu.backend import CpuBackend
+
+BACKENDS = ("cpu", "reference")
+
+
+def backend_class(name: str) -> "type[CpuBackend] | type[ReferenceBackend]":
+    """Numba is not imported before it is needed."""
+    if name == "reference":
+        return ReferenceBackend
+    from gear_compression.cpu.backend import CpuBackend
+
+    return CpuBackend
 
 
 @dataclass(slots=True)
@@ -48,7 +59,7 @@ class Runner(Protocol):
 class PooledAttention:
     """One step's attention: handed down through the model to every layer, with the step's plan."""
 
-    def __init__(self, backend: CpuBackend | ReferenceBackend, batch: PagedBatch, last_layer: int) -> None:
+    def __init__(self, backend: "CpuBackend | ReferenceBackend", batch: PagedBatch, last_layer: int) -> None:
         self._backend = backend
         self._plan = backend.plan(batch)
         self._last_layer = last_layer
@@ -56,7 +67,7 @@ class PooledAttention:
 
     def attend(
         self,
-        layer_idx: int,
+        module: nn.Module,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -66,9 +77,11 @@ class PooledAttention:
         softcap: float | None,
     ) -> Tensor:
         """See `AttentionTarget`."""
+        layer = module.layer_idx
+        assert isinstance(layer, int)
         out = self._backend.attend(
             self._plan,  # type: ignore[arg-type]
-            layer_idx,
+            layer,
             q,
             k,
             v,
@@ -76,7 +89,7 @@ class PooledAttention:
             sliding_window=sliding_window,
             softcap=softcap,
         )
-        if layer_idx == self._last_layer:
+        if layer == self._last_layer:
             # A token attends to itself, so what is wrong with it in any layer before shows here.
             self.finite = out.isfinite().all(dim=(1, 2))
         return out.to(q.dtype)
@@ -92,7 +105,7 @@ class ModelRunner:
         loaded: LoadedModel,
         layout: Layout,
         num_slots: int,
-        backend: str | type[CpuBackend] = "cpu",
+        backend: "str | type[CpuBackend]" = "cpu",
         num_host_slots: int = 0,
     ) -> None:
         """`backend`: a name, or a class of another CPU backend that is to be compared."""
@@ -100,7 +113,7 @@ class ModelRunner:
         self.layout = layout
         self.slab = torch.empty(num_slots, layout.page_bytes, dtype=torch.uint8)  # touched when first written
         self.host_slab = torch.empty(num_host_slots, layout.page_bytes, dtype=torch.uint8)
-        kind = BACKENDS[backend] if isinstance(backend, str) else backend
+        kind = backend_class(backend) if isinstance(backend, str) else backend
         self.backend = kind(self.slab, layout, loaded.model.dtype)
         if backend == "reference":
             compute_rows_alone(loaded.model)

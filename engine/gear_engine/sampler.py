@@ -19,6 +19,7 @@ from gear_engine.protocol import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: dividing by it would overflow
 WEIGHT_ONE = 2.0**40  # the weight of the best token; a sum over 4 million tokens still fits into an int64
+MAX_DRAWN = 1 << 23  # logits that are worked on at once, in integers and copies that take 48 bytes each
 NUM_CANDIDATES = 256  # top_p looks at so many of the best tokens before it sorts the whole vocabulary
 
 
@@ -56,8 +57,10 @@ class Sampler:
         healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
         drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if drawn:
-            index = torch.tensor(drawn, device=logits.device)
-            tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in drawn])
+            at_once = max(1, MAX_DRAWN // logits.shape[1])
+            for part in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
+                index = torch.tensor(part, device=logits.device)
+                tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in part])
         return tokens.where(healthy, -1)
 
 

@@ -170,8 +170,8 @@ class Spy:
     def __init__(self) -> None:
         self.calls: list[tuple] = []
 
-    def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, **arguments: object) -> Tensor:
-        self.calls.append((layer_idx, q, k, v, arguments))
+    def attend(self, module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, **arguments: object) -> Tensor:
+        self.calls.append((module.layer_idx, q, k, v, arguments))
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M = 128  # queries of a program: tokens × heads
+from gear_compression.triton.tiles import heads_of_a_tile, tokens_of_a_tile
 
 
 @triton.jit
@@ -99,8 +99,9 @@ def prefill_attention(
     window: int = 0,
     softcap: float = 0.0,
     rotation: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """q [T, Q, D] → [T, Q, D].
+    """q [T, Q, D] → [T, Q, D], in `out` if it is given; rows that no tile names are left as they are there.
 
     past_k, past_v [H, n, D]: earlier pages of all sequences, dequantised. own_k, own_v [T', H, D]: exact tokens of the
     queries' own pages. tiles [M, 6] int32, one page and at most `tokens_of_a_tile` queries each: first row of q,
@@ -110,7 +111,7 @@ def prefill_attention(
     _, Q, D = q.shape
     H = past_k.shape[0]
     tokens, heads = tokens_of_a_tile(page_size), heads_of_a_tile(page_size, Q // H)
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     fused = rotation is not None and D <= 128  # a larger matrix of signs would not fit beside the tiles
     block_n = 128 if page_size % 128 == 0 and D <= 128 else 64
     _prefill[(tiles.shape[0], Q // heads)](
@@ -125,14 +126,40 @@ def prefill_attention(
     return out
 
 
-def tokens_of_a_tile(page_size: int) -> int:
-    """Query tokens that one program takes, all of one page: the largest power of two in page_size up to BLOCK_M."""
-    return min(page_size & -page_size, BLOCK_M)
+@torch.library.custom_op("gear::prefill_attention", mutates_args=("out",))
+def prefill_into(
+    out: Tensor,
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    tiles: Tensor,
+    page_size: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+    rotation: Tensor | None,
+) -> None:
+    """`prefill_attention` as an operator: writes the rows of `out` [T, Q, D] that tiles name."""
+    prefill_attention(
+        q, past_k, past_v, own_k, own_v, tiles, page_size, scaling, window, softcap, rotation, out
+    )  # fmt: skip
 
 
-def heads_of_a_tile(page_size: int, group: int) -> int:
-    """Query heads that share a program's keys, where a page alone would not fill it."""
-    heads = 1
-    while heads * 2 * tokens_of_a_tile(page_size) <= BLOCK_M and group % (heads * 2) == 0:
-        heads *= 2
-    return heads
+@prefill_into.register_fake
+def _(
+    out: Tensor,
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    tiles: Tensor,
+    page_size: int,
+    scaling: float,
+    window: int,
+    softcap: float,
+    rotation: Tensor | None,
+) -> None:
+    return None

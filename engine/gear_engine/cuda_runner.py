@@ -1,0 +1,288 @@
+"""Runs a batch on a GPU: one copy of integers there, one launch for a step of decodes, nothing waited for.
+
+A step of decodes replays a CUDA graph that was captured for its number of rows; a step with prompt chunks runs layer by
+layer, compiled. Tokens that were just drawn stay on the device: the next step reads them there.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gear_compression.cuda.backend import CudaBackend, RowTables, Staging, StepTables, arrays_to_send, padded
+from gear_compression.cuda.tables import Ints, SealArrays, StepArrays, step_arrays
+from gear_compression.layout import Layout
+from gear_engine.fused import fuse_projections
+from gear_engine.model_loader import LoadedModel
+from gear_engine.prefix_cache import Move
+from gear_engine.runner import RunResult, paged_batch
+from gear_engine.sequence import Scheduled, Sequence
+
+SMALLEST_GRAPH = 2  # a compiled layer would be compiled again for a single row
+
+
+def graph_sizes(max_running: int) -> list[int]:
+    """Rows that graphs are captured for: close together where a step is short, so that few rows are for nothing."""
+    sizes = [2, 4, 8, *range(16, 257, 16), *range(288, 4096, 32)]
+    return [size for size in sizes if size < max_running] + [max(max_running, SMALLEST_GRAPH)]
+
+
+def context_classes(max_pages: int) -> list[int]:
+    """Pages of the longest context that a graph divides over the card for: 8, 32, 128 … and the most there can be."""
+    classes = [8 * 4**i for i in range(8) if 8 * 4**i < max_pages]
+    return [*classes, max_pages]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGraph:
+    """A captured step of decodes; it reads the tables where `Staging` puts those of its size."""
+
+    graph: torch.cuda.CUDAGraph
+    finite: Tensor  # [rows]
+
+
+class CudaAttention:
+    """What the model hands down to its layers: the operator, and which backend it is to ask."""
+
+    def __init__(self, backend: int) -> None:
+        self.backend = backend
+
+    def attend(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See `AttentionTarget`. The layer is not asked for its number: all layers share one compiled code."""
+        return torch.ops.gear.paged_attention(
+            q.contiguous(), k.contiguous(), v.contiguous(), self.backend, scaling, sliding_window or 0, softcap or 0.0
+        )
+
+
+class CudaRunner:
+    """The model and the pool, on one GPU."""
+
+    overlaps = True
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        layout: Layout,
+        num_slots: int,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        num_host_slots: int = 0,
+        eager: bool = False,
+    ) -> None:
+        """`eager`: no graphs and nothing compiled."""
+        self.loaded, self.layout, self.eager = loaded, layout, eager
+        self.device = loaded.model.device
+        self.slab = torch.empty(num_slots, layout.page_bytes, dtype=torch.uint8, device=self.device)
+        pinned = self.device.type == "cuda"
+        self.host_slab = torch.empty(num_host_slots, layout.page_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.max_pages = max_model_len // layout.page_size + 1
+        self.backend = CudaBackend(self.slab, layout, self.max_pages * layout.page_size)
+        self._attention = CudaAttention(self.backend.number)
+        self._group = loaded.num_query_heads // loaded.num_kv_heads
+        self._staging = Staging(staging_ints(layout, max_running, max_batch_tokens, self.max_pages), self.device)
+        self._drawn = torch.zeros(max_running, dtype=torch.int64, device=self.device)
+        self._drawn_rows: dict[str, int] = {}
+        self._logits = torch.empty(0)
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._sizes = graph_sizes(max_running)
+        self._classes = context_classes(self.max_pages)
+        if not eager:
+            fuse_projections(loaded.model)
+            compile_layers(loaded.model)
+
+    @torch.inference_mode()
+    def warm_up(self) -> float:
+        """Compile the layers and capture the graphs; returns the seconds that took. `run` works without, but slower."""
+        start = time.monotonic()
+        if self.eager:
+            return 0.0
+        rows = self._sizes[-1]
+        self._logits = torch.empty(rows, self.loaded.vocab_size, dtype=self.loaded.model.dtype, device=self.device)
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):
+            for pages in reversed(self._classes):
+                self._graphs[size, pages] = self._capture(size, pages, pool)
+        torch.cuda.synchronize()
+        return time.monotonic() - start
+
+    def _capture(self, size: int, pages: int, pool: Any) -> DecodeGraph:
+        """A step of `size` padding rows, which read nothing and write nothing."""
+        arrays = no_decodes(self.layout, self.max_pages)
+        ids, positions, tables = self._send_decodes(arrays, np.zeros((2, 0), np.int32), size, pages)
+
+        def step() -> Tensor:
+            self.backend.begin(tables)
+            logits = self._model(ids, positions, torch.arange(size, device=self.device))
+            self._logits[:size].copy_(logits)
+            assert self.backend.finite is not None
+            return self.backend.finite
+
+        stream = torch.cuda.Stream()  # lazy set-up of libraries must not happen while capturing
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            finite = step()
+        return DecodeGraph(graph, finite)
+
+    def _model(self, ids: Tensor, positions: Tensor, asked: Tensor) -> Tensor:
+        """[number asked, V]"""
+        output = self.loaded.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=asked,
+            gear_batch=self._attention,
+        )
+        return output.logits[0]
+
+    @torch.inference_mode()
+    def run(self, scheduled: list[Scheduled]) -> RunResult:
+        """Launch the scheduled tokens. Running the same again is harmless: it writes the same bytes."""
+        ordered = sorted(scheduled, key=lambda item: item.num_new > 1)  # a chunk of one token is as good as a decode
+        arrays = step_arrays(paged_batch(ordered, self.layout), self.layout, self.backend.scratch_tokens)
+        inputs = self._inputs(ordered)
+        if arrays.num_decodes == len(ordered) and not self.eager:
+            logits, finite = self._replay(arrays, inputs)
+            poisoned = ~finite
+            if not all(item.samples for item in scheduled):
+                sampling = [i for i, item in enumerate(scheduled) if item.samples]
+                logits = logits[torch.tensor(sampling, device=self.device)]
+        else:
+            logits, poisoned = self._run_layers(scheduled, ordered, arrays, inputs)
+        self.backend.seal_decoded()
+        return RunResult(logits, [], poisoned)
+
+    def _inputs(self, ordered: list[Scheduled]) -> Ints:
+        """[2, T] token ids and positions; −1 − r for a token that was drawn in row r and is not known here."""
+        ids: list[int] = []
+        positions: list[NDArray[np.int64]] = []
+        for item in ordered:
+            end = item.start + item.num_new
+            tokens = item.sequence.token_ids
+            ids += tokens[item.start : end]
+            if end > len(tokens):
+                ids.append(-1 - self._drawn_rows[item.sequence.request_id])
+            positions.append(np.arange(item.start, end))
+        return np.array([ids, np.concatenate(positions)], np.int32)
+
+    def _ids(self, ids: Tensor) -> Tensor:
+        """Tokens that were drawn in the last step put in their places."""
+        return torch.where(ids < 0, self._drawn[(-1 - ids).clamp(min=0)].int(), ids)
+
+    def _send_decodes(
+        self, arrays: StepArrays, inputs: Ints, size: int, pages: int
+    ) -> tuple[Tensor, Tensor, StepTables]:
+        """Padded to `size` rows: (ids, positions, tables), and what it fills behind them, where no graph looks."""
+        rows = size - arrays.num_decodes
+        fixed = padded(arrays, size, self.max_pages)
+        filled = arrays.filled_by_decodes
+        sent = self._staging.send([np.pad(inputs, ((0, 0), (0, rows))), *fixed, *filled.arrays()])
+        splits = self.backend.splits(size, self._group, pages)
+        tables = StepTables(
+            size, splits, RowTables(*sent[1:6]), filled_by_decodes=self.backend.seal_tables(filled, sent[6:])
+        )
+        return sent[0][0], sent[0][1], tables
+
+    def _replay(self, arrays: StepArrays, inputs: Ints) -> tuple[Tensor, Tensor]:
+        n = arrays.num_decodes
+        longest = -(-int(arrays.lengths.max()) // self.layout.page_size)
+        size = next(size for size in self._sizes if size >= n)
+        pages = next(pages for pages in self._classes if pages >= longest)
+        ids, _, tables = self._send_decodes(arrays, inputs, size, pages)
+        ids.copy_(self._ids(ids))
+        graph = self._graphs[size, pages]
+        graph.graph.replay()
+        self.backend.begin(tables)  # for what is sealed after it
+        return self._logits[:n], graph.finite[:n]
+
+    def _run_layers(
+        self,
+        scheduled: list[Scheduled],
+        ordered: list[Scheduled],
+        arrays: StepArrays,
+        inputs: Ints,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits [sampling, V], poisoned [scheduled])"""
+        ends = dict(zip(map(id, ordered), np.cumsum([item.num_new for item in ordered]).tolist(), strict=True))
+        bounds = np.array([[ends[id(item)] - item.num_new, ends[id(item)]] for item in scheduled], np.int32)
+        asked = np.array([ends[id(item)] - 1 for item in scheduled if item.samples], np.int32)
+        sent = self._staging.send([inputs, bounds, asked, *arrays_to_send(arrays)])
+        longest = -(-int(arrays.lengths.max(initial=0)) // self.layout.page_size)
+        splits = self.backend.splits(arrays.num_decodes, self._group, longest)
+        self.backend.begin(self.backend.tables(arrays, sent[3:], splits))
+        some = sent[2] if len(asked) else sent[1][:1, 0]  # a model is not asked for no row at all
+        logits = self._model(self._ids(sent[0][0]), sent[0][1], some)[: len(asked)]
+        assert self.backend.finite is not None
+        bad = nn.functional.pad((~self.backend.finite).int().cumsum(0), (1, 0))
+        return logits, bad[sent[1][:, 1]] > bad[sent[1][:, 0]]
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[Tensor]) -> None:
+        """The next step's last tokens, which only the device knows yet."""
+        self._drawn_rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
+        if sequences:
+            drawn = torch.cat(tokens)
+            self._drawn[: len(drawn)] = drawn.clamp(min=0)  # where nothing could be drawn, the sequence ends anyway
+
+    def move(self, moves: list[Move]) -> None:
+        """Copy slots to host memory and back, bit for bit, in the order given and between the steps."""
+        for move in moves:
+            if move.out:
+                self.host_slab[move.host_slot].copy_(self.slab[move.slot], non_blocking=True)
+            else:
+                self.slab[move.slot].copy_(self.host_slab[move.host_slot], non_blocking=True)
+
+    def close(self) -> None:
+        """Give the pool and the graphs back, for a program that makes another runner."""
+        self._graphs.clear()
+        self.backend.close()
+        self.slab = self._logits = torch.empty(0)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Let every decoder layer run compiled, all of them by the same code."""
+    for layer in decoder_layers(model):
+        if "forward" in vars(layer):
+            continue  # compiled already
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
+
+
+def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of the longest list of modules: where all architectures keep their layers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    yield from max(lists, key=len)
+
+
+def no_decodes(layout: Layout, max_pages: int) -> StepArrays:
+    """A step of nothing."""
+    nothing = np.zeros(0, np.int32)
+    runs = np.zeros((0, layout.max_runs), np.int32)
+    sealed = SealArrays(nothing, nothing, runs, nothing, nothing)
+    table = np.zeros((0, max_pages), np.int32)
+    return StepArrays(0, nothing, nothing, table, runs, nothing, sealed, sealed, [], nothing, nothing, nothing)
+
+
+def staging_ints(layout: Layout, max_running: int, max_batch_tokens: int, max_pages: int) -> int:
+    """Integers of the largest step: rows, and per sequence its pages twice, its runs and a page that was begun."""
+    rows = max(max_batch_tokens, max_running)
+    per_sequence = 4 * max_pages + 4 * layout.max_runs + 3 * layout.page_size + 64
+    return 16 * rows + max_running * per_sequence + 4096
