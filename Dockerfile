@@ -31,6 +31,6 @@ USER 10001
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"GEAR_PORT\", 8000)}/health', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"GEAR_METRICS_PORT\") or os.environ.get(\"GEAR_PORT\", 8000)}/health', timeout=2)"]
 # Listens on all interfaces, so it wants GEAR_API_KEY and says so.
 ENTRYPOINT ["gear-serve"]

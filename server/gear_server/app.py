@@ -26,7 +26,7 @@ from gear_server.model_routes import model_routes
 from gear_server.page_routes import page_routes
 from gear_server.request_log import SCOPE_KEY, RequestLog
 from gear_server.settings import Settings
-from gear_server.status_routes import status_routes
+from gear_server.status_routes import moved_routes, operator_routes, status_routes
 from gear_server.tokenize_routes import tokenize_routes
 from gear_server.tokenizer import TextTokenizer
 from gear_server.traffic import CountTraffic, Traffic
@@ -68,7 +68,17 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app.state.context = context
     for routes in (completion_routes, chat_routes, tokenize_routes, model_routes, status_routes):
         app.include_router(routes(context))
+    app.include_router(moved_routes() if settings.metrics_port is not None else operator_routes(context))
     app.include_router(page_routes())
+    _handle_errors(app, context)
+    return app
+
+
+def create_metrics_app(context: Context) -> FastAPI:
+    """What the metrics port serves, to whoever reaches it: no keys, no lines in the log."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.include_router(operator_routes(context))
+    app.include_router(status_routes(context))
     _handle_errors(app, context)
     return app
 

@@ -77,6 +77,7 @@ class Choice:
         self._detokenizer: Detokenizer = context.tokenizer.detokenizer()
         self._stops = StopStrings(plan.stop, plan.include_stop)
         self._metrics: Metrics = context.metrics
+        self._metrics.arrive()
         self._arrived_s = plan.arrived_s
         self._last_output_s: float | None = None
         self._stack = ExitStack()

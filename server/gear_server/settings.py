@@ -51,6 +51,7 @@ class Settings(BaseModel):
     api_key: Names = ()
     served_model_name: Names = ()
     metrics_port: Port | None = None
+    metrics_host: str = "127.0.0.1"
     insecure: bool = False
     isolate_keys: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"

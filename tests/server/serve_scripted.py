@@ -12,7 +12,7 @@ from scripted_engine import ScriptedEngine
 
 from gear_engine.protocol import EngineInfo, EngineStartError
 from gear_server.cli import _fail
-from gear_server.serving import StartError, bind, serve
+from gear_server.serving import StartError, bind_all, serve
 from gear_server.settings import resolve_settings
 
 
@@ -38,7 +38,7 @@ async def main(folder: str, settings_json: str, engine_json: str) -> None:
     settings = resolve_settings(json.loads(settings_json))
     fields = json.loads(engine_json)
     engine = ENGINES[fields.pop("kind", "scripted")](Path(folder), **fields)
-    await serve(settings, bind(settings.host, settings.port, "--port"), engine)
+    await serve(settings, bind_all(settings), engine)
 
 
 if __name__ == "__main__":
