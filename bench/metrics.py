@@ -52,9 +52,7 @@ def main() -> None:
     steps_per_s = 1000 / options.itl_ms
     step_s = _cpu_s(step, int(_SECONDS * steps_per_s)) / _SECONDS
     scrape_s = _cpu_s(lambda: metrics.render(""), 100) / 100
-    print(
-        f"{options.streams} streams, a token each every {options.itl_ms:g} ms: {options.streams * steps_per_s:,.0f} tokens/s"
-    )
+    print(f"{options.streams} streams at {options.itl_ms:g} ms a token: {options.streams * steps_per_s:,.0f} tokens/s")
     print(f"{step_s:8.2%} of a core for observations")
     print(f"{scrape_s / _SCRAPE_S:8.2%} of a core for a scrape every {_SCRAPE_S:g} s ({scrape_s * 1000:.1f} ms each)")
     print(f"{step_s + scrape_s / _SCRAPE_S:8.2%} together (the goal: under 1 %)")
