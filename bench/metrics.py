@@ -41,8 +41,8 @@ def main() -> None:
     metrics = Metrics("model", _info(options.layers), lambda: stats)
     outputs = [RequestOutput(str(i), [1]) for i in range(options.streams)]
     errors = [PageError(layer, part, 0.03) for layer in range(options.layers) for part in ("keys", "values")]  # type: ignore[arg-type]
-    metrics.on_step(StepReport(outputs, stats, 0.02, options.streams, [0.1], errors))
-    report = StepReport(outputs, stats, 0.02, options.streams, [0.1], errors[:2])
+    metrics.on_step(StepReport(outputs, stats, 0.02, options.streams, {"a": 0.1}, errors))
+    report = StepReport(outputs, stats, 0.02, options.streams, {"a": 0.1}, errors[:2])
 
     def step() -> None:
         metrics.on_step(report)

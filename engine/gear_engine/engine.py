@@ -79,9 +79,11 @@ class Engine:
         """Compute one batch. A request that fails ends with an error; the others go on."""
         start_s = time.monotonic()
         batch = self.scheduler.schedule()
-        queue_times_s = [
-            start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
-        ]
+        queue_times_s = {
+            item.sequence.request_id: start_s - item.sequence.arrival_s
+            for item in batch.scheduled
+            if not item.sequence.was_scheduled
+        }
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
         page_errors: list[PageError] = []

@@ -4,6 +4,7 @@ Brought an engine, it starts and stops nothing; `serving.py` does.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +30,11 @@ from gear_server.settings import Settings
 from gear_server.status_routes import moved_routes, operator_routes, status_routes
 from gear_server.tokenize_routes import tokenize_routes
 from gear_server.tokenizer import TextTokenizer
+from gear_server.tracing import Trace
 from gear_server.traffic import CountTraffic, Traffic
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
@@ -50,9 +55,11 @@ def create_context(settings: Settings, engine: Engine) -> Context:
     )
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, tracer_provider: "TracerProvider | None" = None) -> FastAPI:
     """`app.state.context` is what serves it."""
     context = create_context(settings, engine)
+    model = settings.model_names[0]
+    tracing = [] if tracer_provider is None else [Middleware(Trace, provider=tracer_provider, model=model)]
     app = FastAPI(
         title="GearServe",
         version=version(),
@@ -62,6 +69,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         middleware=[
             Middleware(CountTraffic, traffic=context.traffic),
             Middleware(RequestLog),
+            *tracing,
             Middleware(RequireKey, api_keys=settings.api_key),
         ],
     )

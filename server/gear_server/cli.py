@@ -122,6 +122,9 @@ def serve(
     log_level: Annotated[
         str | None, _option("--log-level", "How much to log: debug, info, warning or error.", "info")
     ] = None,
+    log_format: Annotated[
+        str | None, _option("--log-format", "text, or json: an object a line, with what became of a request.", "text")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -147,12 +150,12 @@ def run(options: dict[str, Any], config_file: Path | None) -> None:
         _fail(error, 2)
 
     import asyncio
-    import logging
 
     from gear_engine.client import EngineClient
+    from gear_engine.log_format import configure_logging
     from gear_server.serving import StartError, bind_all, serve
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level.upper(), settings.log_format)
     try:
         asyncio.run(serve(settings, bind_all(settings), EngineClient(settings.engine_config)))
     except StartError as error:

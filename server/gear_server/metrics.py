@@ -98,7 +98,7 @@ class Metrics:
         if report.step_s is not None:
             self._step_s.observe(report.step_s)
             self._batch_tokens.observe(report.batch_tokens)
-        for queue_time_s in report.queue_times_s:
+        for queue_time_s in report.queue_times_s.values():
             self._queue_time_s.observe(queue_time_s)
         for error in report.page_errors:
             self._page_error_ratio.labels(self._model, str(error.layer), error.part).set(error.ratio)

@@ -21,6 +21,7 @@ from gear_server.app import create_app, create_metrics_app
 from gear_server.context import Context, Engine
 from gear_server.settings import Settings
 from gear_server.tokenizer import TokenizerError
+from gear_server.tracing import provider_from
 
 logger = logging.getLogger("gear_server")
 
@@ -104,10 +105,12 @@ async def serve(settings: Settings, sockets: Sockets, engine: StartableEngine) -
     """Start `engine` and return after a clean stop. Raises `StartError` with the remedy if it cannot start."""
     stop = StopSignals()
     stop.listen()
+    tracer_provider = None
     try:
         if not await _started(engine, stop):
             return
-        app = create_app(settings, engine)
+        tracer_provider = provider_from()
+        app = create_app(settings, engine, tracer_provider)
         print(engine.info.memory_table)
         async with _metrics_served(app.state.context, sockets.metrics):
             await _serve_until(stop, app, app.state.context, sockets.public)
@@ -115,6 +118,8 @@ async def serve(settings: Settings, sockets: Sockets, engine: StartableEngine) -
         raise StartError(str(error)) from error
     finally:
         await engine.close()
+        if tracer_provider is not None:
+            await asyncio.to_thread(tracer_provider.shutdown)  # sends what is left
 
 
 async def _started(engine: StartableEngine, stop: StopSignals) -> bool:

@@ -13,6 +13,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gear_engine.config import DEFAULT_MODEL, EngineConfig
+from gear_engine.log_format import LogFormat
 from gear_server.errors import describe
 
 ENGINE_FIELDS = frozenset(EngineConfig.__struct_fields__)
@@ -55,6 +56,7 @@ class Settings(BaseModel):
     insecure: bool = False
     isolate_keys: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
 
     device: str | None = None
     dtype: str | None = None

@@ -119,7 +119,9 @@ async def test_saved_bytes_may_be_negative(client: httpx.AsyncClient, engine: Sc
 async def test_steps_queue_times_and_page_errors_come_from_reports(
     client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
-    engine.report(step_s=0.0055, batch_tokens=70, queue_times_s=[0.1, 0.2], page_errors=[PageError(1, "values", 0.04)])
+    engine.report(
+        step_s=0.0055, batch_tokens=70, queue_times_s={"a": 0.1, "b": 0.2}, page_errors=[PageError(1, "values", 0.04)]
+    )
     engine.report(page_errors=[PageError(1, "values", 0.02)])
     samples = await scrape(client)
     assert samples["gear_step_seconds_count",] == 2

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 SERVE_SCRIPTED = Path(__file__).parent / "serve_scripted.py"
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("GEAR_")}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("GEAR_", "OTEL_"))}
 
 
 def gear_serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,10 +25,13 @@ def gear_serve(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @contextmanager
-def scripted_server(folder: Path, settings: dict[str, Any], engine: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+def scripted_server(
+    folder: Path, settings: dict[str, Any], engine: dict[str, Any], environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(SERVE_SCRIPTED), str(folder), json.dumps(settings), json.dumps(engine)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+    variables = ENVIRONMENT | (environment or {})
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables) as process:
         try:
             yield process
         finally:
