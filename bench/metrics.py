@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     options = parser.parse_args()
     stats = EngineStats(num_running=options.streams)
-    metrics = Metrics("model", _info(options.layers), lambda: stats)
+    metrics = Metrics("model", _info(options.layers), lambda: stats, lambda: True)
     outputs = [RequestOutput(str(i), [1]) for i in range(options.streams)]
     errors = [PageError(layer, part, 0.03) for layer in range(options.layers) for part in ("keys", "values")]  # type: ignore[arg-type]
     metrics.on_step(StepReport(outputs, stats, 0.02, options.streams, {"a": 0.1}, errors))

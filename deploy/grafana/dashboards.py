@@ -250,11 +250,17 @@ def overview() -> tuple[Panel, ...]:
             Query("sum by (kind) (gear_memory_bytes{@})", "{{kind}}"),
         ),
         stat(
+            "Engines up",
+            "Engine processes that live; a server whose engine has ended answers 503.",
+            "short",
+            Query("sum(gear_engine_up{@})", "up"),
+        ),
+        stat(
             "What runs",
             "Version, preset and backend; the number counts servers.",
             "short",
             Query("count by (version, preset, backend) (gear_build_info{@})", "{{version}} {{preset}} {{backend}}"),
-            width=24,
+            width=20,
         ),
     )
 

@@ -43,7 +43,7 @@ def create_context(settings: Settings, engine: Engine) -> Context:
     """Around a started engine. Raises `TokenizerError` if the model's files cannot be used."""
     folder = Path(engine.info.model_path)
     tokenizer = TextTokenizer(folder)
-    metrics = Metrics(settings.model_names[0], engine.info, lambda: engine.stats)
+    metrics = Metrics(settings.model_names[0], engine.info, lambda: engine.stats, lambda: engine.is_alive)
     engine.add_listener(metrics.on_step)
     return Context(
         settings=settings,

@@ -53,6 +53,9 @@ def _saved_bytes(stats: EngineStats, info: EngineInfo) -> float:
 
 
 METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "gear_engine_up", "gauge", "1 while the engine process lives, 0 once it has ended: what /health says, too."
+    ),
     MetricSpec("gear_requests_running", "gauge", "Sequences in the running batch.", read=_field("num_running")),
     MetricSpec("gear_requests_waiting", "gauge", "Sequences waiting to be admitted.", read=_field("num_waiting")),
     MetricSpec("gear_requests_swapped", "gauge", "Sequences swapped out to host memory.", read=_field("num_swapped")),

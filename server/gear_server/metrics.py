@@ -67,7 +67,9 @@ class Histogram(Collector):
 class Metrics:
     """A registry of its own; the process's default one stays untouched."""
 
-    def __init__(self, model: str, info: EngineInfo, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, model: str, info: EngineInfo, stats: Callable[[], EngineStats], is_alive: Callable[[], bool]
+    ) -> None:
         prometheus_client.disable_created_metrics()
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model, info, stats))
@@ -81,8 +83,8 @@ class Metrics:
         self._queue_time_s = self._histogram("gear_queue_time_seconds")
         self._step_s = self._histogram("gear_step_seconds")
         self._batch_tokens = self._histogram("gear_batch_tokens")
-        spec = _SPECS["gear_page_error_ratio"]
-        self._page_error_ratio = Gauge(spec.name, spec.help, ("model", *spec.labels), registry=self.registry)
+        self._page_error_ratio = self._gauge("gear_page_error_ratio")
+        self._gauge("gear_engine_up").labels(model).set_function(lambda: float(is_alive()))
 
     def arrive(self) -> None:
         """A sequence that was submitted; one `count` will say how it ended."""
@@ -111,6 +113,10 @@ class Metrics:
     def _counter(self, name: str) -> Counter:
         spec = _SPECS[name]
         return Counter(name, spec.help, ("model", *spec.labels), registry=self.registry)
+
+    def _gauge(self, name: str) -> Gauge:
+        spec = _SPECS[name]
+        return Gauge(name, spec.help, ("model", *spec.labels), registry=self.registry)
 
     def _histogram(self, name: str) -> Histogram:
         histogram = Histogram(self._model, _SPECS[name])

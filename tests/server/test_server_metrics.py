@@ -171,9 +171,11 @@ async def test_a_dead_engine_counts_its_requests_as_errors(client: httpx.AsyncCl
     asking = asyncio.create_task(complete(client, n=2))
     await engine.until(lambda: engine.num_requests == 2)
     assert (await scrape(client))["gear_requests_arrived_total",] == 2, "counted before they end"
+    assert (await scrape(client))["gear_engine_up",] == 1
     engine.die()
     await asking
     samples = await scrape(client)
+    assert samples["gear_engine_up",] == 0
     assert samples["gear_requests_total", "error"] == 2
     assert samples["gear_requests_total", "rejected"] == 0
 
