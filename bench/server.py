@@ -1,6 +1,6 @@
 """The highest rate at which the default model meets an objective, and whether Prometheus saw the same load.
 
-    python bench/server.py [--slo ttft=2s,itl=250ms,p=95] [--duration-s 30] [--json OUT] [--html OUT]
+    python bench/server.py [--slo ttft=2s,itl=250ms,p=95] [--rate 0.5] [--duration-s 30] [--json OUT] [--html OUT]
 
 Starts `gear-serve` and a Prometheus that scrapes it twice a second, runs `gear-loadtest --find-max-rate`, then asks
 Prometheus for its rate of tokens and requests over each run that met the objective (one that did not is cut off). The
@@ -83,8 +83,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prometheus = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
                   f"--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}"]  # fmt: skip
     report = folder / "report.json"
-    load = [sys.executable, "-m", "gear_loadtest.cli", URL, "--find-max-rate", "--slo", options.slo, "--rate", "1",
-            "--duration-s", str(options.duration_s), "--input-len", "128", "--output-len", "32", "--json", str(report),
+    load = [sys.executable, "-m", "gear_loadtest.cli", URL, "--find-max-rate", "--slo", options.slo,
+            "--rate", str(options.rate), "--duration-s", str(options.duration_s), "--input-len", "128", "--output-len", "32", "--json", str(report),
             *(("--html", options.html) if options.html else ())]  # fmt: skip
     with started(server, f"{URL}/ready"), started(prometheus, f"http://127.0.0.1:{PROMETHEUS_PORT}/-/ready"):
         subprocess.run(load, check=True)
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "duration_s": options.duration_s,
         "max_rate": search["max_rate"],
         "num_runs": len(search["runs"]),
-        "client_cpu_ms_per_chunk": max(run["client"]["cpu_ms_per_chunk"] for run in search["runs"]),
+        "client_cpu_share": max(run["client"]["cpu_share"] for run in search["runs"]),  # of a core
         "runs_that_met": met,
     }
 
@@ -107,6 +107,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--slo", default="ttft=2s,itl=250ms,p=95")
+    parser.add_argument("--rate", type=float, default=0.5, help="to begin with")
     parser.add_argument("--duration-s", type=float, default=30.0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--html")
