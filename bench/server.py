@@ -84,8 +84,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                   f"--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}"]  # fmt: skip
     report = folder / "report.json"
     load = [sys.executable, "-m", "gear_loadtest.cli", URL, "--find-max-rate", "--slo", options.slo,
-            "--rate", str(options.rate), "--duration-s", str(options.duration_s), "--input-len", "128", "--output-len", "32", "--json", str(report),
-            *(("--html", options.html) if options.html else ())]  # fmt: skip
+            "--rate", str(options.rate), "--duration-s", str(options.duration_s),
+            "--input-len", "128", "--output-len", "32", "--json", str(report)]  # fmt: skip
+    load += ["--html", options.html] if options.html else []
     with started(server, f"{URL}/ready"), started(prometheus, f"http://127.0.0.1:{PROMETHEUS_PORT}/-/ready"):
         subprocess.run(load, check=True)
         time.sleep(3 * SCRAPE_S)
