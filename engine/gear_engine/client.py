@@ -48,6 +48,7 @@ class RequestStream:
     def __init__(self, request_id: str, client: "EngineClient") -> None:
         self.request_id = request_id
         self.finished = False
+        self.queue_time_s: float | None = None  # once it was scheduled
         self._client = client
         self._outputs: asyncio.Queue[RequestOutput | EngineDead] = asyncio.Queue()
 
@@ -169,6 +170,9 @@ class EngineClient:
                 assert isinstance(report, StepReport)
                 self.stats = report.stats
                 self._tell_listeners(report)
+                for request_id, queue_time_s in report.queue_times_s.items():
+                    if stream := self._streams.get(request_id):
+                        stream.queue_time_s = queue_time_s
                 for output in report.outputs:
                     if stream := self._streams.get(output.request_id):
                         stream.put(output)

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from gear_engine.log_format import LogFormat
+
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -21,3 +23,4 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 1024  # requests in the queue; one more is refused
     swap_space: str = "auto"  # of host memory, a size or 0; auto: at most 4GiB and an eighth of what pages could have
     prefix_cache: bool = True  # sealed pages stay until their space is needed, for prompts that begin alike
+    log_format: LogFormat = "text"  # of the engine process

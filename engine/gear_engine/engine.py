@@ -139,9 +139,11 @@ class Engine:
             outputs += self._commit(before, page_errors)
             before = None
         batch = self.scheduler.schedule()
-        queue_times_s = [
-            start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
-        ]
+        queue_times_s = {
+            item.sequence.request_id: start_s - item.sequence.arrival_s
+            for item in batch.scheduled
+            if not item.sequence.was_scheduled
+        }
         launched = self._launch(batch)
         if before:
             outputs += self._commit(before, page_errors)

@@ -16,6 +16,7 @@ import zmq
 
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine
+from gear_engine.log_format import configure_logging
 from gear_engine.protocol import (
     AbortRequest,
     AddRequest,
@@ -38,7 +39,7 @@ _decode = msgspec.msgpack.Decoder(ToEngine).decode
 def main() -> None:
     address, parent, config = sys.argv[1], int(sys.argv[2]), msgspec.json.decode(sys.argv[3], type=EngineConfig)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(logging.INFO, config.log_format)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle: it drains, then tells us
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
@@ -80,7 +81,7 @@ def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
             report = engine.step()
             _send(socket, msgspec.structs.replace(report, outputs=ended + report.outputs) if ended else report)
         elif ended:
-            _send(socket, StepReport(ended, engine.stats(), None, 0, []))
+            _send(socket, StepReport(ended, engine.stats(), None, 0, {}))
 
 
 def _take(engine: Engine, message: AddRequest | AbortRequest) -> list[RequestOutput]:

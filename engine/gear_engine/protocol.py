@@ -131,7 +131,7 @@ class StepReport(msgspec.Struct, frozen=True, tag="step"):
     stats: EngineStats
     step_s: float | None  # None: nothing was computed, only requests ended
     batch_tokens: int
-    queue_times_s: list[float]  # of the requests that were scheduled for the first time in this step
+    queue_times_s: dict[str, float]  # of the requests that were scheduled for the first time in this step, by id
     page_errors: list[PageError] = []
 
 

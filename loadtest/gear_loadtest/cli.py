@@ -212,6 +212,15 @@ def load_test(
         Path | None,
         Option("--png", help="Write the plots.", metavar="FILE", rich_help_panel=_OUTPUT, show_default=False),
     ] = None,
+    metrics_url: Annotated[
+        str | None,
+        Option(
+            help="Where the server's metrics are, if not at URL/metrics (gear-serve --metrics-port).",
+            metavar="URL",
+            rich_help_panel="Other",
+            show_default=False,
+        ),
+    ] = None,
     own_target: Annotated[
         bool,
         Option("--i-own-this-target", help="Allow heavy load on another machine.", rich_help_panel="Other"),
@@ -246,6 +255,7 @@ def load_test(
             seed=seed if seed is not None else random.randrange(2**31),
             timeout_s=timeout_s,
             workers=workers,
+            metrics_url=metrics_url,
         )
         files = OutputFiles(json=json_path, csv=csv_path, html=html_path, png=png_path)
         rates = search_rates(plan, sweep_rates, find_max=find_max)

@@ -131,7 +131,7 @@ _FIGURES: tuple[tuple[str, Figure, bool], ...] = (
 
 def differences(a: Run, b: Run) -> list[str]:
     """What else differs between the runs, so that a ratio is not laid at the wrong door."""
-    skip = {"seed", "model"}
+    skip = {"seed", "model", "metrics_url"}
     changed = [
         f"{name}: {a.command.get(name)} and {b.command.get(name)}"
         for name in a.command

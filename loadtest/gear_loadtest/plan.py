@@ -14,7 +14,7 @@ from gear_loadtest.errors import UsageError
 from gear_loadtest.lengths import parse_lengths
 from gear_loadtest.rows import Row, read_rows
 from gear_loadtest.slo import parse_objective
-from gear_loadtest.target import Target
+from gear_loadtest.target import Target, parse_target
 
 MAX_FOREIGN_RATE = 50.0  # requests/s
 MAX_FOREIGN_CONCURRENCY = 64
@@ -46,6 +46,7 @@ class LoadPlan:
     seed: int = 0
     timeout_s: float = 600.0  # of one request, from send to end
     workers: int = 1
+    metrics_url: str | None = None  # None: the target's /metrics
 
     def __post_init__(self) -> None:
         for option, value in (
@@ -65,6 +66,8 @@ class LoadPlan:
             raise UsageError(f"--arrivals {self.arrivals} spreads requests around a rate: give --rate too")
         if self.concurrency is not None and self.workers > self.concurrency:
             raise UsageError(f"--workers {self.workers} have less than one request each: raise --concurrency")
+        if self.metrics_url is not None:
+            parse_target(self.metrics_url)
         if self.dataset is not None and self.trace is not None:
             raise UsageError("--dataset and --trace exclude each other: a trace says what is asked, too")
         if self.turns > 1 and self.trace is not None:

@@ -99,7 +99,7 @@ def make_report(
     return Report(
         url=target.base_url,
         model=model,
-        date=date.isoformat(timespec="seconds"),
+        date=date.isoformat(timespec="milliseconds"),
         command=plan,
         interrupted=interrupted,
         num_requests=total.num_requests,

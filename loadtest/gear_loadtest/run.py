@@ -46,7 +46,7 @@ async def run_load_test(
         )
         job = Job(plan, target, model, workload, max_bad)
         date = datetime.now(UTC)
-        async with watched_server(session, target) as server:
+        async with watched_server(session, plan.metrics_url or target.url("/metrics")) as server:
             if plan.workers > 1:
                 log, interrupted = await run_in_workers(job, console)
             else:

@@ -1,4 +1,4 @@
-"""The server's own view of a run, from its /metrics: before, once a second during, and after.
+"""The server's own view of a run, from its metrics: before, once a second during, and after.
 
 Knows the names that GearServe exports; another server's absence of them is said, not an error.
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 import aiohttp
-
-from gear_loadtest.target import Target
 
 _INTERVAL_S = 1.0
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
@@ -66,22 +64,22 @@ class ServerReport:
 
 
 @asynccontextmanager
-async def watched_server(session: aiohttp.ClientSession, target: Target) -> AsyncIterator[ServerReport]:
+async def watched_server(session: aiohttp.ClientSession, url: str) -> AsyncIterator[ServerReport]:
     """The report is filled when the block ends; a server that stops answering leaves what came before."""
     report = ServerReport()
-    before = await _scrape(session, target)
+    before = await _scrape(session, url)
     if isinstance(before, str):
         report.problem = before
         yield report
         return
     extremes = _Extremes()
     extremes.take(before)
-    watching = asyncio.create_task(_watch(session, target, extremes))
+    watching = asyncio.create_task(_watch(session, url, extremes))
     try:
         yield report
     finally:
         watching.cancel()
-    after = await _scrape(session, target)
+    after = await _scrape(session, url)
     if isinstance(after, str):
         report.problem = f"{after} after the run"
         after = {}
@@ -102,10 +100,10 @@ class _Extremes:
             self.highest[name] = max(value, self.highest.get(name, value))
 
 
-async def _watch(session: aiohttp.ClientSession, target: Target, extremes: _Extremes) -> None:
+async def _watch(session: aiohttp.ClientSession, url: str, extremes: _Extremes) -> None:
     while True:
         await asyncio.sleep(_INTERVAL_S)
-        values = await _scrape(session, target)
+        values = await _scrape(session, url)
         if not isinstance(values, str):
             extremes.take(values)
 
@@ -122,9 +120,8 @@ def _fill(report: ServerReport, before: dict[str, float], after: dict[str, float
     report.absent = sorted(_WANTED - report.gauges.keys() - report.counters.keys())
 
 
-async def _scrape(session: aiohttp.ClientSession, target: Target) -> dict[str, float] | str:
+async def _scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float] | str:
     """The values wanted, or why there are none."""
-    url = target.url("/metrics")
     try:
         async with session.get(url, timeout=_TIMEOUT, allow_redirects=False) as response:
             if response.status != HTTPStatus.OK:

@@ -4,6 +4,7 @@ Brought an engine, it starts and stops nothing; `serving.py` does.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -26,10 +27,14 @@ from gear_server.model_routes import model_routes
 from gear_server.page_routes import page_routes
 from gear_server.request_log import SCOPE_KEY, RequestLog
 from gear_server.settings import Settings
-from gear_server.status_routes import status_routes
+from gear_server.status_routes import moved_routes, operator_routes, status_routes
 from gear_server.tokenize_routes import tokenize_routes
 from gear_server.tokenizer import TextTokenizer
+from gear_server.tracing import Trace
 from gear_server.traffic import CountTraffic, Traffic
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
@@ -38,7 +43,7 @@ def create_context(settings: Settings, engine: Engine) -> Context:
     """Around a started engine. Raises `TokenizerError` if the model's files cannot be used."""
     folder = Path(engine.info.model_path)
     tokenizer = TextTokenizer(folder)
-    metrics = Metrics(settings.model_names[0], engine.info, lambda: engine.stats)
+    metrics = Metrics(settings.model_names[0], engine.info, lambda: engine.stats, lambda: engine.is_alive)
     engine.add_listener(metrics.on_step)
     return Context(
         settings=settings,
@@ -50,9 +55,11 @@ def create_context(settings: Settings, engine: Engine) -> Context:
     )
 
 
-def create_app(settings: Settings, engine: Engine) -> FastAPI:
+def create_app(settings: Settings, engine: Engine, tracer_provider: "TracerProvider | None" = None) -> FastAPI:
     """`app.state.context` is what serves it."""
     context = create_context(settings, engine)
+    model = settings.model_names[0]
+    tracing = [] if tracer_provider is None else [Middleware(Trace, provider=tracer_provider, model=model)]
     app = FastAPI(
         title="GearServe",
         version=version(),
@@ -62,13 +69,24 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         middleware=[
             Middleware(CountTraffic, traffic=context.traffic),
             Middleware(RequestLog),
+            *tracing,
             Middleware(RequireKey, api_keys=settings.api_key),
         ],
     )
     app.state.context = context
     for routes in (completion_routes, chat_routes, tokenize_routes, model_routes, status_routes):
         app.include_router(routes(context))
+    app.include_router(moved_routes() if settings.metrics_port is not None else operator_routes(context))
     app.include_router(page_routes())
+    _handle_errors(app, context)
+    return app
+
+
+def create_metrics_app(context: Context) -> FastAPI:
+    """What the metrics port serves, to whoever reaches it: no keys, no lines in the log."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    app.include_router(operator_routes(context))
+    app.include_router(status_routes(context))
     _handle_errors(app, context)
     return app
 

@@ -108,8 +108,10 @@ def serve(
         Path | None, _option("--config", "TOML or JSON file with these options as keys; flags and environment win.")
     ] = None,
     metrics_port: Annotated[
-        int | None, _option("--metrics-port", "Serve /metrics without a key on this port of the loopback interface.")
+        int | None,
+        _option("--metrics-port", "Serve /metrics and /health, without a key, on this port instead of the public one."),
     ] = None,
+    metrics_host: Annotated[str | None, _option("--metrics-host", "Address of the metrics port.", "127.0.0.1")] = None,
     insecure: Annotated[
         bool | None, _option("--insecure", "Allow other machines to connect without an API key.", is_flag=True)
     ] = None,
@@ -119,6 +121,9 @@ def serve(
     ] = None,
     log_level: Annotated[
         str | None, _option("--log-level", "How much to log: debug, info, warning or error.", "info")
+    ] = None,
+    log_format: Annotated[
+        str | None, _option("--log-format", "text, or json: an object a line, with what became of a request.", "text")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -145,17 +150,14 @@ def run(options: dict[str, Any], config_file: Path | None) -> None:
         _fail(error, 2)
 
     import asyncio
-    import logging
 
     from gear_engine.client import EngineClient
-    from gear_server.serving import METRICS_HOST, StartError, bind, serve
+    from gear_engine.log_format import configure_logging
+    from gear_server.serving import StartError, bind_all, serve
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level.upper(), settings.log_format)
     try:
-        bound = bind(settings.host, settings.port, "--port")
-        if settings.metrics_port is not None:
-            bind(METRICS_HOST, settings.metrics_port, "--metrics-port").close()
-        asyncio.run(serve(settings, bound, EngineClient(settings.engine_config)))
+        asyncio.run(serve(settings, bind_all(settings), EngineClient(settings.engine_config)))
     except StartError as error:
         _fail(error, 1)
 

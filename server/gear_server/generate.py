@@ -77,7 +77,9 @@ class Choice:
         self._detokenizer: Detokenizer = context.tokenizer.detokenizer()
         self._stops = StopStrings(plan.stop, plan.include_stop)
         self._metrics: Metrics = context.metrics
+        self._metrics.arrive()
         self._arrived_s = plan.arrived_s
+        self.first_output_s: float | None = None
         self._last_output_s: float | None = None
         self._stack = ExitStack()
         self._stack.push(stream)  # leaving it aborts what still runs
@@ -134,6 +136,7 @@ class Choice:
     def _observe_output(self) -> None:
         now_s = time.perf_counter()
         if self._last_output_s is None:
+            self.first_output_s = now_s
             self._metrics.time_to_first_token_s.observe(now_s - self._arrived_s)
         else:
             self._metrics.inter_token_latency_s.observe(now_s - self._last_output_s)
@@ -145,6 +148,8 @@ class Generation:
 
     def __init__(self, plan: Plan, context: Context) -> None:
         """Submits everything or nothing. Raises `RequestError`, `QueueFull` or `EngineDead`."""
+        self.request_id = plan.request_id
+        self.submitted_s = time.perf_counter()
         self._context = context
         self._arrived: asyncio.Queue[tuple[Choice, RequestOutput | EngineDead]] = asyncio.Queue()
         self.choices = [Choice(i, stream, plan, context) for i, stream in enumerate(_submit(plan, context))]

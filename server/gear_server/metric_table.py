@@ -24,7 +24,7 @@ _WAIT_BUCKETS = _seconds(
 )  # fmt: skip
 _LATENCY_BUCKETS = _seconds(
     1, 2, 5, 10, 25, 50, 100, 250, 500, 750,
-    1e3, 1.5e3, 2e3, 3e3, 4e3, 5e3, 7.5e3, 10e3, 15e3, 20e3, 30e3, 45e3, 60e3, 90e3, 120e3,
+    1e3, 1.5e3, 2e3, 3e3, 4e3, 5e3, 7.5e3, 10e3, 15e3, 20e3, 30e3, 45e3, 60e3, 80e3, 100e3, 120e3, 180e3, 300e3,
 )  # fmt: skip
 _BATCH_BUCKETS = tuple(float(2**power) for power in range(15))
 
@@ -53,6 +53,9 @@ def _saved_bytes(stats: EngineStats, info: EngineInfo) -> float:
 
 
 METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "gear_engine_up", "gauge", "1 while the engine process lives, 0 once it has ended: what /health says, too."
+    ),
     MetricSpec("gear_requests_running", "gauge", "Sequences in the running batch.", read=_field("num_running")),
     MetricSpec("gear_requests_waiting", "gauge", "Sequences waiting to be admitted.", read=_field("num_waiting")),
     MetricSpec("gear_requests_swapped", "gauge", "Sequences swapped out to host memory.", read=_field("num_swapped")),
@@ -61,6 +64,10 @@ METRICS: tuple[MetricSpec, ...] = (
         "counter",
         "Ended sequences by reason (a request with n choices has n); rejected: HTTP requests refused before they ran.",
         labels=("finish_reason",),
+    ),
+    MetricSpec(
+        "gear_requests_arrived_total", "counter",
+        "The same counted when they arrive: the difference is what is under way.",
     ),
     MetricSpec(
         "gear_prompt_tokens_total", "counter", "Prompt tokens taken in, cached ones included.",

@@ -7,15 +7,19 @@ import logging
 import re
 import time
 import uuid
+from typing import Any
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gear_server.account import account_of
+
 logger = logging.getLogger("gear_server.requests")
 
 SCOPE_KEY = "gear_request_id"
+TRACE_KEY = "gear_trace_id"  # set by tracing.py
 _DECENT = re.compile(rb"[!-~]{1,128}")  # visible ASCII: it goes into a header and into logs
-_PROBES = frozenset({"/health", "/ready", "/metrics"})
+PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
 class RequestLog:
@@ -42,9 +46,38 @@ class RequestLog:
             await self._app(scope, receive, send_with_id)
         finally:
             path = quote(scope["path"])  # no line breaks in a line of the log
-            level = logging.DEBUG if scope["path"] in _PROBES else logging.INFO
-            took_s = time.perf_counter() - began_s
-            logger.log(level, "%s %s %d %.3f s %s", scope["method"], path, status, took_s, scope[SCOPE_KEY])
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            if logger.isEnabledFor(level):
+                took_s = time.perf_counter() - began_s
+                words = (scope["method"], path, status, took_s, scope[SCOPE_KEY])
+                logger.log(level, "%s %s %d %.3f s %s", *words, extra={"fields": _fields(scope, status, took_s)})
+
+
+def _fields(scope: Scope, status: int, took_s: float) -> dict[str, Any]:
+    """Of the line in JSON."""
+    fields = {
+        "request_id": scope[SCOPE_KEY],
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "duration_s": round(took_s, 6),
+    }
+    if TRACE_KEY in scope:
+        fields["trace_id"] = scope[TRACE_KEY]
+    account = account_of(scope)
+    if account is None:
+        return fields
+    fields |= {
+        "response_id": account.response_id,
+        "prompt_tokens": account.num_prompt_tokens,
+        "completion_tokens": account.num_completion_tokens,
+        "cached_tokens": account.num_cached_tokens,
+        "finish_reasons": account.finish_reasons,
+    }
+    for name, at_s in (("queue_time_s", account.scheduled_s), ("first_token_s", account.first_token_s)):
+        if at_s is not None:
+            fields[name] = round(at_s - account.submitted_s, 6)
+    return fields
 
 
 def _request_id(scope: Scope) -> bytes:

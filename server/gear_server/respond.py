@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gear_engine.protocol import FinishReason
+from gear_server.account import GENERATION_KEY
 from gear_server.context import Context
 from gear_server.disconnect import unless_disconnected
 from gear_server.errors import ApiError
@@ -70,6 +71,7 @@ def log_unknown(body: BaseModel) -> None:
 
 async def answer(request: Request, body: SamplingBody, generation: Generation, form: AnswerFormat) -> Response:
     """The response to a submitted request; whichever way it ends, the generation is closed."""
+    request.scope[GENERATION_KEY] = generation
     if body.stream:
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(

@@ -8,24 +8,24 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
-import prometheus_client
 import uvicorn
 from starlette.types import ASGIApp
 
 from gear_engine.protocol import EngineInfo, EngineStartError
-from gear_server.app import create_app
+from gear_server.app import create_app, create_metrics_app
 from gear_server.context import Context, Engine
 from gear_server.settings import Settings
 from gear_server.tokenizer import TokenizerError
+from gear_server.tracing import provider_from
 
 logger = logging.getLogger("gear_server")
 
 DRAIN_S = 30.0
-METRICS_HOST = "127.0.0.1"
 
 
 class StartError(RuntimeError):
@@ -72,7 +72,7 @@ class _Uvicorn(uvicorn.Server):
         print(self._welcome, flush=True)
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
+def _bind(host: str, port: int, flag: str) -> socket.socket:
     """A bound socket, not listening yet: connections are refused until the model is there. Raises `StartError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -85,21 +85,41 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
     return bound
 
 
-async def serve(settings: Settings, bound: socket.socket, engine: StartableEngine) -> None:
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Bound to the addresses of the settings."""
+
+    public: socket.socket
+    metrics: socket.socket | None
+
+
+def bind_all(settings: Settings) -> Sockets:
+    """Raises `StartError`."""
+    public = _bind(settings.host, settings.port, "--port")
+    if settings.metrics_port is None:
+        return Sockets(public, None)
+    return Sockets(public, _bind(settings.metrics_host, settings.metrics_port, "--metrics-port"))
+
+
+async def serve(settings: Settings, sockets: Sockets, engine: StartableEngine) -> None:
     """Start `engine` and return after a clean stop. Raises `StartError` with the remedy if it cannot start."""
     stop = StopSignals()
     stop.listen()
+    tracer_provider = None
     try:
         if not await _started(engine, stop):
             return
-        app = create_app(settings, engine)
-        with _metrics_server(settings, app.state.context):
-            print(engine.info.memory_table)
-            await _serve_until(stop, app, app.state.context, bound)
+        tracer_provider = provider_from()
+        app = create_app(settings, engine, tracer_provider)
+        print(engine.info.memory_table)
+        async with _metrics_served(app.state.context, sockets.metrics):
+            await _serve_until(stop, app, app.state.context, sockets.public)
     except (EngineStartError, TokenizerError) as error:
         raise StartError(str(error)) from error
     finally:
         await engine.close()
+        if tracer_provider is not None:
+            await asyncio.to_thread(tracer_provider.shutdown)  # sends what is left
 
 
 async def _started(engine: StartableEngine, stop: StopSignals) -> bool:
@@ -156,26 +176,29 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     )
 
 
-@contextmanager
-def _metrics_server(settings: Settings, context: Context) -> Iterator[None]:
-    """/metrics without a key, on a port that only this machine reaches."""
-    if settings.metrics_port is None:
+@asynccontextmanager
+async def _metrics_served(context: Context, bound: socket.socket | None) -> AsyncIterator[None]:
+    """/metrics and /health without a key on a port of their own, also while the public one drains."""
+    if bound is None:
         yield
         return
-    server, thread = prometheus_client.start_http_server(
-        settings.metrics_port, addr=METRICS_HOST, registry=context.metrics.registry
-    )
+    try:
+        bound.listen()
+    except OSError as error:  # another server took the port since it was bound
+        host, port = bound.getsockname()[:2]
+        raise _bind_error(error, host, port, "--metrics-port") from error
+    welcome = f"metrics on {_url(bound)}/metrics"
+    server = _Uvicorn(_uvicorn_config(create_metrics_app(context), context.settings), welcome)
+    serving = asyncio.ensure_future(server.serve([bound]))
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.should_exit = True
+        await serving
 
 
 def _welcome(context: Context, bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = _url(bound)
     key = ' -H "Authorization: Bearer $GEAR_API_KEY"' if context.settings.api_key else ""
     if context.template is not None:
         path, body = "/v1/chat/completions", '{"messages": [{"role": "user", "content": "Hello!"}]}'
@@ -183,6 +206,11 @@ def _welcome(context: Context, bound: socket.socket) -> str:
         path, body = "/v1/completions", '{"prompt": "Once upon a time", "max_tokens": 32}'
     example = f"curl {url}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
     return f"listening on {url}\ntry: {example}"
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _bind_error(error: OSError, host: str, port: int, flag: str) -> StartError:

@@ -13,6 +13,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from gear_engine.config import DEFAULT_MODEL, EngineConfig
+from gear_engine.log_format import LogFormat
 from gear_server.errors import describe
 
 ENGINE_FIELDS = frozenset(EngineConfig.__struct_fields__)
@@ -51,9 +52,11 @@ class Settings(BaseModel):
     api_key: Names = ()
     served_model_name: Names = ()
     metrics_port: Port | None = None
+    metrics_host: str = "127.0.0.1"
     insecure: bool = False
     isolate_keys: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
 
     device: str | None = None
     dtype: str | None = None

@@ -16,18 +16,9 @@ from gear_server.respond import json_response
 def status_routes(context: Context) -> APIRouter:
     router = APIRouter(tags=["Status"])
 
-    def check_alive() -> None:
-        if not context.engine.is_alive:
-            raise ApiError(503, "the engine process has ended: restart the server", code="engine_dead")
-
-    @router.get("/health", summary="Is the engine alive?")
-    async def health() -> Response:
-        check_alive()
-        return json_response({"status": "ok"})
-
     @router.get("/ready", summary="Does it take new requests?")
     async def ready() -> Response:
-        check_alive()
+        _check_alive(context)
         context.traffic.refuse_if_draining()
         return json_response({"status": "ok"})
 
@@ -35,9 +26,38 @@ def status_routes(context: Context) -> APIRouter:
     async def get_version() -> Response:
         return json_response({"version": version()})
 
+    return router
+
+
+def operator_routes(context: Context) -> APIRouter:
+    """On the public port, or on the metrics port if there is one."""
+    router = APIRouter(tags=["Status"])
+
+    @router.get("/health", summary="Is the engine alive?")
+    async def health() -> Response:
+        _check_alive(context)
+        return json_response({"status": "ok"})
+
     @router.get("/metrics", summary="For Prometheus")
     async def metrics(request: Request) -> Response:
         content, content_type = context.metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})
 
     return router
+
+
+def moved_routes() -> APIRouter:
+    """In their place on the public port."""
+    router = APIRouter()
+
+    @router.get("/health", include_in_schema=False)
+    @router.get("/metrics", include_in_schema=False)
+    async def moved(request: Request) -> Response:
+        raise ApiError(404, f"{request.scope['path']} is on the metrics port (--metrics-port), not on this one")
+
+    return router
+
+
+def _check_alive(context: Context) -> None:
+    if not context.engine.is_alive:
+        raise ApiError(503, "the engine process has ended: restart the server", code="engine_dead")

@@ -1,13 +1,17 @@
-"""One server with the real model for all end-to-end tests: its start is the slow part."""
+"""One server with the real model for all end-to-end tests, whose start is the slow part; and a real browser."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from selenium import webdriver
 
 from tests.e2e.serving import START_TIMEOUT_S, free_port, serve
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,20 @@ def url() -> Iterator[str]:
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "tokens fit" in output  # the memory table
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    browser, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert browser is not None, "install it: apt-get install chromium"
+    assert chromedriver is not None, "install it: apt-get install chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in FLAGS:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    try:
+        yield driver
+    finally:
+        driver.quit()

@@ -1,6 +1,5 @@
 """The page in a real browser, against the real server and model: no errors, and nothing against its policy."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,7 +12,6 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from tests.e2e.serving import START_TIMEOUT_S, free_port, serve
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 STORY = "Write a long story about a lighthouse keeper and the sea."
 
 
@@ -47,23 +45,6 @@ class Page:
     def complaints(self) -> list[str]:
         """Errors, warnings and violations since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
-    browser, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert browser is not None, "install it: apt-get install chromium"
-    assert chromedriver is not None, "install it: apt-get install chromium-driver"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in FLAGS:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture

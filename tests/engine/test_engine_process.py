@@ -52,6 +52,8 @@ async def test_requests_are_answered_refused_and_aborted(folder: Path) -> None:
             texts = [[t async for output in stream for t in output.token_ids] for stream in (first, second)]
         assert texts[0] == texts[1]
         assert len(texts[0]) == 6
+        assert first.queue_time_s is not None
+        assert 0 <= first.queue_time_s < 20
         assert failures  # and still everybody was served
         with pytest.raises(RequestError, match="seed"):
             client.submit("c", [1], SamplingParams(max_tokens=1, seed=1 << 70))

@@ -70,7 +70,7 @@ async def test_a_run_prints_a_table_and_writes_json(tmp_path: Path):
     assert report["command"] == {
         "model": None, "rate": None, "concurrency": 3, "trace": None, "arrivals": "poisson", "num_requests": 6,
         "duration_s": None, "warmup_s": 0.0, "input_len": "1200", "output_len": "5", "dataset": None, "prefix_len": 0,
-        "turns": 1, "slo": None, "seed": 9, "timeout_s": 600.0, "workers": 1,
+        "turns": 1, "slo": None, "seed": 9, "timeout_s": 600.0, "workers": 1, "metrics_url": None,
     }  # fmt: skip
     assert (report["num_requests"], report["num_ok"], report["num_errors"], report["errors"]) == (6, 6, 0, {})
     assert (report["input_tokens_mean"], report["output_tokens_mean"]) == (1200, 5)

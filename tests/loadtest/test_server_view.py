@@ -55,6 +55,14 @@ async def test_peaks_are_seen_during_the_run():
     assert report.server.num_scrapes == 3
 
 
+async def test_metrics_may_lie_on_a_port_of_their_own():
+    private = StubServer(metrics=[SCRAPE % (5, 2)])
+    async with private.serve(), (stub := StubServer()).serve():
+        report = await run_against(stub.url, metrics_url=f"{private.url}/metrics")
+    assert report.server.problem is None
+    assert report.server.gauges['gear_pages{state="active"}'].highest == 5
+
+
 async def test_a_server_without_metrics_is_told_and_no_error():
     stub = StubServer()
     async with stub.serve():

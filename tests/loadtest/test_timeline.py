@@ -1,5 +1,6 @@
 """Slices, their bounded number and the steady window, from records written by hand."""
 
+import pickle
 from array import array
 
 import pytest
@@ -34,6 +35,16 @@ def test_the_slices_of_a_day_are_few_and_lose_nothing():
     assert (total.num_ok, total.num_finished, total.output_tokens) == (1440, 1440, 4 * 1440)
     assert total.busy_s == pytest.approx(1440)
     assert total.e2e_s.max == total.e2e_s.min == 1.0
+
+
+def test_ten_times_the_requests_take_not_ten_times_the_memory():
+    sizes = []
+    for num in (2_000, 20_000):
+        timeline = Timeline(0.0)
+        for number in range(num):
+            note(timeline, number / 100, length_s=0.5 + number % 97 / 100)
+        sizes.append(len(pickle.dumps(timeline)))
+    assert sizes[1] < 3 * sizes[0], sizes  # buckets fill up; what is kept of each request would be ten times as much
 
 
 def test_a_warm_up_leaves_latencies_out_and_later_tokens_in():

@@ -125,7 +125,7 @@ class ScriptedEngine:
         """What one step says to listeners."""
         report = StepReport(
             outputs=list(outputs), stats=self.stats, step_s=0.004, batch_tokens=len(outputs),
-            queue_times_s=[], page_errors=[],
+            queue_times_s={}, page_errors=[],
         )  # fmt: skip
         for listener in self.listeners:
             listener(msgspec.structs.replace(report, **more))
@@ -149,6 +149,8 @@ class ScriptedEngine:
         done = 0
         while True:
             await asyncio.sleep(self.step_s)
+            if request.stream.queue_time_s is None:
+                request.stream.queue_time_s = self.step_s
             if self.error_after is not None and done >= self.error_after:
                 request.stream.put(self._output(request, [], "error", error="NaN logits"))
                 return

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from scripted_engine import ScriptedEngine
 
+from gear_engine.log_format import configure_logging
 from gear_engine.protocol import EngineInfo, EngineStartError
 from gear_server.cli import _fail
-from gear_server.serving import StartError, bind, serve
+from gear_server.serving import StartError, bind_all, serve
 from gear_server.settings import resolve_settings
 
 
@@ -36,9 +37,10 @@ ENGINES = {"scripted": ScriptedEngine, "failing": FailingEngine, "slow": SlowEng
 
 async def main(folder: str, settings_json: str, engine_json: str) -> None:
     settings = resolve_settings(json.loads(settings_json))
+    configure_logging(settings.log_level.upper(), settings.log_format)
     fields = json.loads(engine_json)
     engine = ENGINES[fields.pop("kind", "scripted")](Path(folder), **fields)
-    await serve(settings, bind(settings.host, settings.port, "--port"), engine)
+    await serve(settings, bind_all(settings), engine)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ async def test_saved_bytes_may_be_negative(client: httpx.AsyncClient, engine: Sc
 async def test_steps_queue_times_and_page_errors_come_from_reports(
     client: httpx.AsyncClient, engine: ScriptedEngine
 ) -> None:
-    engine.report(step_s=0.0055, batch_tokens=70, queue_times_s=[0.1, 0.2], page_errors=[PageError(1, "values", 0.04)])
+    engine.report(
+        step_s=0.0055, batch_tokens=70, queue_times_s={"a": 0.1, "b": 0.2}, page_errors=[PageError(1, "values", 0.04)]
+    )
     engine.report(page_errors=[PageError(1, "values", 0.02)])
     samples = await scrape(client)
     assert samples["gear_step_seconds_count",] == 2
@@ -146,6 +148,7 @@ async def test_every_ended_sequence_is_counted_by_its_reason(client: httpx.Async
     counts = {outcome: samples["gear_requests_total", outcome] for outcome in ("stop", "length", "error", "rejected")}
     assert counts == {"stop": 3, "length": 1, "error": 1, "rejected": 4}
     assert samples["gear_requests_total", "abort"] == 0
+    assert samples["gear_requests_arrived_total",] == sum(counts.values())
 
 
 async def test_latencies_are_measured_where_the_client_feels_them(
@@ -167,9 +170,12 @@ async def test_a_dead_engine_counts_its_requests_as_errors(client: httpx.AsyncCl
     engine.pause_after = 0
     asking = asyncio.create_task(complete(client, n=2))
     await engine.until(lambda: engine.num_requests == 2)
+    assert (await scrape(client))["gear_requests_arrived_total",] == 2, "counted before they end"
+    assert (await scrape(client))["gear_engine_up",] == 1
     engine.die()
     await asking
     samples = await scrape(client)
+    assert samples["gear_engine_up",] == 0
     assert samples["gear_requests_total", "error"] == 2
     assert samples["gear_requests_total", "rejected"] == 0
 
@@ -193,3 +199,28 @@ async def test_what_the_pool_holds_is_known_before_the_first_step(client: httpx.
     assert 'gear_kv_capacity_tokens{format="gear",model="small"} 160.0' in lines  # 10 pages of 16 tokens
     assert 'gear_kv_capacity_tokens{format="bf16",model="small"} 100.0' in lines  # 10 000 bytes, 100 a token
     assert 'gear_pages{model="small",state="free"} 10.0' in lines
+
+
+def test_buckets_tell_5_ms_from_4_between_tokens_and_100_s_from_80_of_an_answer() -> None:
+    bounds = {spec.name: spec.buckets for spec in METRICS}
+    assert {0.004, 0.005, 0.006} <= set(bounds["gear_inter_token_latency_seconds"])
+    assert {80.0, 100.0, 120.0} <= set(bounds["gear_request_latency_seconds"])
+
+
+async def test_histograms_count_a_value_on_a_bound_below_it_and_one_beyond_all_in_the_last(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    for step_s in (0.001, 0.0011, 99.0):
+        engine.report(step_s=step_s)
+    samples = await scrape(client)
+    buckets = {bound: samples["gear_step_seconds_bucket", bound] for bound in ("0.001", "0.002", "2.5", "+Inf")}
+    assert buckets == {"0.001": 1, "0.002": 2, "2.5": 2, "+Inf": 3}
+    assert samples["gear_step_seconds_sum",] == pytest.approx(99.0021)
+
+
+async def test_what_clients_send_makes_no_new_series(client: httpx.AsyncClient) -> None:
+    await complete(client)
+    before = set(await scrape(client))
+    await complete(client, model="nobody-knows-it", stop="never seen", user="somebody", priority=7)
+    await client.get("/no/such/route", headers={"X-Request-Id": "mine"})
+    assert set(await scrape(client)) == before

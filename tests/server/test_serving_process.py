@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 SERVE_SCRIPTED = Path(__file__).parent / "serve_scripted.py"
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("GEAR_")}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("GEAR_", "OTEL_"))}
 
 
 def gear_serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,10 +25,13 @@ def gear_serve(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @contextmanager
-def scripted_server(folder: Path, settings: dict[str, Any], engine: dict[str, Any]) -> Iterator[subprocess.Popen[str]]:
+def scripted_server(
+    folder: Path, settings: dict[str, Any], engine: dict[str, Any], environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(SERVE_SCRIPTED), str(folder), json.dumps(settings), json.dumps(engine)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT) as process:
+    variables = ENVIRONMENT | (environment or {})
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=variables) as process:
         try:
             yield process
         finally:
@@ -129,16 +132,43 @@ def test_an_engine_that_cannot_start_is_one_sentence_and_exit_code_one(model_fol
     assert process.returncode == 1
 
 
-def test_the_metrics_port_needs_no_key(model_folder: Path) -> None:
+def test_the_metrics_port_takes_metrics_and_health_off_the_public_one_and_needs_no_key(model_folder: Path) -> None:
     port = free_port()
     settings = {"port": 0, "api_key": "secret", "metrics_port": port}
     with scripted_server(model_folder, settings, {}) as process:
-        url, _ = wait_for_url(process)
-        assert httpx.get(f"{url}/metrics").status_code == 401
+        url, before = wait_for_url(process)
+        assert before == ["MEMORY TABLE", f"metrics on http://127.0.0.1:{port}/metrics"]
+        key = {"Authorization": "Bearer secret"}
+        for path in ("/metrics", "/health"):
+            answer = httpx.get(f"{url}{path}", headers=key)
+            assert answer.status_code == 404
+            assert "--metrics-port" in answer.json()["error"]["message"]
+            assert httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200
         assert "gear_requests_running" in httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert httpx.get(f"{url}/ready").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 404
         process.terminate()
-        process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=10)
         assert process.returncode == 0
+        assert "Traceback" not in errors
+
+
+def test_metrics_are_served_while_the_public_port_drains(model_folder: Path) -> None:
+    port = free_port()
+    engine = {"answer": [5] * 30, "step_s": 0.02}
+    with scripted_server(model_folder, {"port": 0, "metrics_port": port}, engine) as process:
+        url, _ = wait_for_url(process)
+        body = {"prompt": "Once", "stream": True, "max_tokens": 100}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+            events = response.iter_lines()
+            assert next(events).startswith("data: {")
+            process.terminate()
+            time.sleep(0.1)
+            assert httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 503
+            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            assert [line for line in events if line][-1] == "data: [DONE]"
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0, errors
 
 
 def test_a_busy_port_is_noticed_before_the_engine_starts() -> None:
