@@ -10,9 +10,20 @@ import sys
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
-from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
+from gear_engine.logprobs import prompt_logprobs
+from gear_engine.protocol import (
+    AddRequest,
+    EngineStats,
+    PageError,
+    RequestError,
+    RequestOutput,
+    StepReport,
+    TokenLogprobs,
+    validate,
+)
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
 from gear_engine.scheduler import Scheduler
@@ -83,13 +94,16 @@ class Engine:
             start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
         ]
         tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
         failed: dict[str, str] = {}
         page_errors: list[PageError] = []
         self.runner.move(batch.moves)
         for part, result in self._run(batch.scheduled, failed):
-            self._sample(part, result, tokens, failed)
+            self._sample(part, result, tokens, logprobs, failed)
+            self._score(part, result)
             page_errors += result.page_errors
         outputs = self.scheduler.commit(batch, tokens, failed)
+        outputs = _with_logprobs(outputs, batch.scheduled, logprobs)
         return StepReport(
             outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
@@ -113,7 +127,12 @@ class Engine:
         return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
 
     def _sample(
-        self, scheduled: list[Scheduled], result: RunResult, tokens: dict[str, int], failed: dict[str, str]
+        self,
+        scheduled: list[Scheduled],
+        result: RunResult,
+        tokens: dict[str, int],
+        logprobs: dict[str, TokenLogprobs],
+        failed: dict[str, str],
     ) -> None:
         for item, poisoned in zip(scheduled, result.poisoned, strict=True):
             if poisoned:
@@ -125,14 +144,49 @@ class Engine:
             SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
             for s in sampling
         ]
-        for sequence, token in zip(sampling, self.sampler.sample(result.logits, rows), strict=True):
+        sampled = self.sampler.sample(result.logits, rows)
+        for sequence, token, told in zip(sampling, sampled.tokens, sampled.logprobs, strict=True):
             if token is None:
                 failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
-            else:
-                tokens[sequence.request_id] = token
+                continue
+            tokens[sequence.request_id] = token
+            if told is not None:
+                logprobs[sequence.request_id] = told
+
+    def _score(self, scheduled: list[Scheduled], result: RunResult) -> None:
+        """Note the log-probabilities of prompt tokens that were asked for."""
+        if result.prompt_logits is None:
+            return
+        each = [(item.sequence, position) for item in scheduled for position in item.scored]
+        tokens = [sequence.token_ids[position + 1] for sequence, position in each]
+        num_top = [sequence.params.prompt_logprobs or 0 for sequence, _ in each]
+        told = prompt_logprobs(result.prompt_logits[:, : self.limits.vocab_size], tokens, num_top)
+        for (sequence, _), one in zip(each, told, strict=True):
+            sequence.prompt_logprobs.append(one)
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())
+
+
+def _with_logprobs(
+    outputs: list[RequestOutput], scheduled: list[Scheduled], logprobs: dict[str, TokenLogprobs]
+) -> list[RequestOutput]:
+    """The outputs, with what requests asked to be told: of the prompt once, with the first token."""
+    first = {
+        item.sequence.request_id: item.sequence.prompt_logprobs
+        for item in scheduled
+        if item.sequence.params.prompt_logprobs is not None and item.sequence.num_output == 1
+    }
+    if not logprobs and not first:
+        return outputs
+    return [
+        msgspec.structs.replace(
+            output,
+            logprobs=[logprobs[output.request_id]] if output.token_ids and output.request_id in logprobs else None,
+            prompt_logprobs=first.get(output.request_id) if output.token_ids else None,
+        )
+        for output in outputs
+    ]
 
 
 def peak_memory_bytes() -> int:
