@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import msgspec
 import torch
+from llguidance import LLMatcher
 
+from gear_engine.grammar import Grammars
 from gear_engine.logprobs import prompt_logprobs
 from gear_engine.protocol import (
     AddRequest,
@@ -43,11 +45,15 @@ class Limits:
 class Engine:
     """Owns the scheduler, the runner and the sampler; a request is known to it by its id."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars` a request may ask for none."""
         self.scheduler = scheduler
         self.runner = runner
         self.sampler = sampler
         self.limits = limits
+        self.grammars = grammars
         self._num_arrivals = 0
         self._seeds = random.Random()
 
@@ -65,6 +71,7 @@ class Engine:
         )
         if self.scheduler.has(request.request_id):
             raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
+        matcher = self._matcher(request.params.grammar)
         self._num_arrivals += 1
         seed = request.params.seed
         self.scheduler.add(
@@ -77,8 +84,16 @@ class Engine:
                 order=(request.priority, self._num_arrivals),
                 arrival_s=time.monotonic(),
                 cache_salt=request.cache_salt,
+                matcher=matcher,
             )
         )
+
+    def _matcher(self, grammar: str) -> LLMatcher | None:
+        if not grammar:
+            return None
+        if self.grammars is None:
+            raise RequestError("this engine follows no grammars", "structured_outputs")
+        return self.grammars.matcher(grammar)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any phase; None if there is none of that id (it may just have ended)."""
@@ -144,14 +159,26 @@ class Engine:
             SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
             for s in sampling
         ]
+        self._restrict(sampling, rows)
         sampled = self.sampler.sample(result.logits, rows)
         for sequence, token, told in zip(sampling, sampled.tokens, sampled.logprobs, strict=True):
+            matcher = sequence.matcher
+            if matcher is not None and (token is None or not matcher.consume_token(token)):
+                failed.setdefault(sequence.request_id, f"the grammar cannot go on: {matcher.get_error()}")
+                continue
             if token is None:
                 failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
                 continue
             tokens[sequence.request_id] = token
             if told is not None:
                 logprobs[sequence.request_id] = told
+
+    def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
+        """Tell the rows of sequences that follow a grammar what it allows next."""
+        bound = [(row, s.matcher) for row, s in zip(rows, sampling, strict=True) if s.matcher is not None]
+        if bound and self.grammars is not None:
+            for (row, _), allowed in zip(bound, self.grammars.allowed([matcher for _, matcher in bound]), strict=True):
+                row.allowed = allowed
 
     def _score(self, scheduled: list[Scheduled], result: RunResult) -> None:
         """Note the log-probabilities of prompt tokens that were asked for."""

@@ -30,6 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None  # tell each token's log-probability, and that many of the likeliest; None: nothing
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, the first excepted; finds no cached pages
+    grammar: str = ""  # of the answer, as llguidance writes it; "": anything
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
@@ -222,6 +223,10 @@ def validate(token_ids: list[int], params: SamplingParams, *, max_model_len: int
         raise RequestError(
             f"min_tokens must be between 0 and max_tokens ({params.max_tokens}), got {params.min_tokens}", "min_tokens"
         )
+    if params.grammar:
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(params, name):
+                raise RequestError(f"{name} contradicts structured output, whose end the grammar decides", name)
     for name in ("logprobs", "prompt_logprobs"):
         count = getattr(params, name)
         if count is not None and not 0 <= count <= MAX_LOGPROBS:

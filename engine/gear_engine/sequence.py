@@ -5,9 +5,13 @@ All mutable state of a request lives here, and only the scheduler changes it.
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gear_engine.prefix_cache import Move, Page
 from gear_engine.protocol import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +33,7 @@ class Sequence:
     host_slots: list[int] = field(default_factory=list)  # the runs of its open page then, in host memory
     num_cached: int = 0  # prompt tokens that were in the pool when it was first scheduled
     was_scheduled: bool = False
+    matcher: "LLMatcher | None" = None  # of its grammar, after the tokens that were sampled
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens from the second on, if asked for
     _page_tokens: list[bytes] = field(default_factory=list)
 
