@@ -1,6 +1,7 @@
 """What following a JSON schema costs a decode step: the default model, plain and structured in turns.
 
-Prints the lower quartile of both, because the machine may be shared; compiling a grammar is timed apart, because it happens once and in a thread.
+Prints the lower quartile of both, because the machine may be shared; compiling a grammar is timed apart, because it
+happens once and in a thread.
 """
 
 import json
