@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, one synchronous and deterministic step at a time.
 
-`step` reads schedule → move → run → sample → commit; speed goes around it, not into it.
+`step` reads schedule → move → run → draw → advance → commit; a runner may compute a batch while the next is scheduled.
 """
 
 import logging
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import msgspec
 import torch
 from llguidance import LLMatcher
+from torch import Tensor
 
 from gear_engine.grammar import Grammars
-from gear_engine.logprobs import prompt_logprobs
+from gear_engine.logprobs import token_logprobs, unpack
 from gear_engine.protocol import (
     AddRequest,
     EngineStats,
@@ -27,9 +28,9 @@ from gear_engine.protocol import (
     validate,
 )
 from gear_engine.runner import Runner, RunResult
-from gear_engine.sampler import Sampler, SamplingRow
+from gear_engine.sampler import Sampler, SamplingRow, reads_history
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled, Sequence
+from gear_engine.sequence import Batch, Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,71 @@ class Limits:
 
     max_model_len: int
     vocab_size: int
+
+
+class Numbers:
+    """Numbers of the device on their way to the host, in one copy: integers unless `dtype` says otherwise."""
+
+    def __init__(self, *tensors: Tensor, dtype: torch.dtype = torch.long) -> None:
+        self._sizes = [len(tensor) for tensor in tensors]
+        packed = torch.cat([tensor.to(dtype) for tensor in tensors])
+        self._arrived: torch.cuda.Event | None = None
+        if packed.is_cuda:
+            self._values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._values.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._values = packed
+
+    def wait(self) -> list[list[int]]:
+        """Of each tensor, once they are there."""
+        if self._arrived:
+            self._arrived.synchronize()
+        return [part.tolist() for part in self._values.split(self._sizes)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Log-probabilities that were asked for: of drawn tokens, then of prompt tokens."""
+
+    drawn: list[Sequence]
+    scored: list[tuple[Sequence, int]]  # and the position whose logits they are of
+    numbers: Numbers  # packed as `token_logprobs` does, row after row
+
+    def wait(self) -> list[TokenLogprobs]:
+        """One for each of `drawn` and of `scored`."""
+        num_top = [s.params.logprobs or 0 for s in self.drawn] + [s.params.prompt_logprobs or 0 for s, _ in self.scored]
+        values = [value for part in self.numbers.wait() for value in part]
+        width = len(values) // len(num_top)
+        return unpack([values[start : start + width] for start in range(0, len(values), width)], num_top)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What ran at once of a batch: all of it, unless memory did not suffice."""
+
+    scheduled: list[Scheduled]
+    result: RunResult
+    numbers: Numbers  # poisoned, drawn
+    told: "_Told | None"  # None: nobody asked for log-probabilities
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch that the device computes, or has computed."""
+
+    batch: Batch
+    failed: dict[str, str]
+    parts: list[_Part]
+
+
+def sampling_row(sequence: Sequence) -> SamplingRow:
+    params = sequence.params
+    if not reads_history(params):
+        return SamplingRow(params, sequence.seed, sequence.num_output)
+    tokens, num_prompt = sequence.token_ids, sequence.num_prompt
+    return SamplingRow(params, sequence.seed, sequence.num_output, tokens[:num_prompt], tokens[num_prompt:])
 
 
 class Engine:
@@ -54,12 +120,13 @@ class Engine:
         self.sampler = sampler
         self.limits = limits
         self.grammars = grammars
+        self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
         self._num_arrivals = 0
         self._seeds = random.Random()
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     def add(self, request: AddRequest) -> None:
         """Queue a request. Raises `RequestError` for what cannot run as asked."""
@@ -102,26 +169,112 @@ class Engine:
         return RequestOutput(request_id, [], finish_reason="abort")
 
     def step(self) -> StepReport:
-        """Compute one batch. A request that fails ends with an error; the others go on."""
+        """Launch one batch and commit one. A request that fails ends with an error; the others go on.
+
+        Where the runner overlaps, the batch that is committed is the one before: its tokens travel, and this one is
+        scheduled, while the device computes. Else it is the same.
+        """
         start_s = time.monotonic()
+        outputs: list[RequestOutput] = []
+        page_errors: list[PageError] = []
+        before, self._in_flight = self._in_flight, None
+        if before and self._needs_tokens():
+            outputs += self._commit(before, page_errors)
+            before = None
         batch = self.scheduler.schedule()
         queue_times_s = [
             start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
         ]
-        tokens: dict[str, int] = {}
-        logprobs: dict[str, TokenLogprobs] = {}
-        failed: dict[str, str] = {}
-        page_errors: list[PageError] = []
-        self.runner.move(batch.moves)
-        for part, result in self._run(batch.scheduled, failed):
-            self._sample(part, result, tokens, logprobs, failed)
-            self._score(part, result)
-            page_errors += result.page_errors
-        outputs = self.scheduler.commit(batch, tokens, failed)
-        outputs = _with_logprobs(outputs, batch.scheduled, logprobs)
+        launched = self._launch(batch)
+        if before:
+            outputs += self._commit(before, page_errors)
+        self.scheduler.advance(batch)
+        if not self.runner.overlaps:
+            outputs += self._commit(launched, page_errors)
+        elif batch.scheduled:
+            self._in_flight = launched
         return StepReport(
             outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
+
+    def _needs_tokens(self) -> bool:
+        """Whether the next batch cannot be sampled before the tokens of the last one are known."""
+        return any(s.num_pending and reads_history(s.params) for s in self.scheduler.running)
+
+    def _launch(self, batch: Batch) -> "_Launched":
+        """Hand a batch to the device: what it copies, computes and draws."""
+        self.runner.move(batch.moves)
+        failed: dict[str, str] = {}
+        parts = []
+        drawn_by: list[Sequence] = []
+        for scheduled, result in self._run(batch.scheduled, failed):
+            sampling = [item.sequence for item in scheduled if item.samples]
+            rows = [sampling_row(sequence) for sequence in sampling]
+            self._restrict(sampling, rows)
+            tokens = self.sampler.draw(result.logits, rows)
+            drawn_by += sampling
+            parts.append((scheduled, result, tokens, self._told(scheduled, result, tokens)))
+        self.runner.keep_drawn(drawn_by, [tokens for _, _, tokens, _ in parts])
+        return _Launched(
+            batch,
+            failed,
+            [
+                _Part(scheduled, result, Numbers(result.poisoned, tokens), told)
+                for scheduled, result, tokens, told in parts
+            ],
+        )
+
+    def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
+        """Tell the rows of sequences that follow a grammar what it allows next."""
+        bound = [(row, s.matcher) for row, s in zip(rows, sampling, strict=True) if s.matcher is not None]
+        if bound and self.grammars is not None:
+            for (row, _), allowed in zip(bound, self.grammars.allowed([matcher for _, matcher in bound]), strict=True):
+                row.allowed = allowed
+
+    def _told(self, scheduled: list[Scheduled], result: RunResult, tokens: Tensor) -> "_Told | None":
+        """Have the log-probabilities that were asked for computed and sent."""
+        sampling = [item.sequence for item in scheduled if item.samples]
+        asked = [i for i, s in enumerate(sampling) if s.params.logprobs is not None]
+        scored = [(item.sequence, position) for item in scheduled for position in item.scored]
+        if not asked and not scored:
+            return None
+        num_top = [sampling[i].params.logprobs or 0 for i in asked] + [s.params.prompt_logprobs or 0 for s, _ in scored]
+        packed = []
+        if asked:
+            index = torch.tensor(asked, device=tokens.device)
+            packed.append(self._packed(result.logits[index], tokens[index], max(num_top)))
+        if scored:
+            assert result.prompt_logits is not None
+            following = torch.tensor([s.token_ids[position + 1] for s, position in scored], device=tokens.device)
+            packed.append(self._packed(result.prompt_logits, following, max(num_top)))
+        return _Told([sampling[i] for i in asked], scored, Numbers(*packed, dtype=torch.float64))
+
+    def _packed(self, logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
+        return token_logprobs(logits[:, : self.limits.vocab_size], tokens, num_top).flatten()
+
+    def _commit(self, launched: "_Launched", page_errors: list[PageError]) -> list[RequestOutput]:
+        """Wait for what a batch drew, and tell the scheduler."""
+        tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
+        failed = launched.failed
+        for part in launched.parts:
+            poisoned, drawn = part.numbers.wait()
+            for item, is_poisoned in zip(part.scheduled, poisoned, strict=True):
+                if is_poisoned:
+                    failed[item.sequence.request_id] = "the model computed NaN or infinity for this request"
+            sampling = [item.sequence for item in part.scheduled if item.samples]
+            for sequence, token in zip(sampling, drawn, strict=True):
+                if token < 0:
+                    failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
+                elif sequence.matcher is not None and not sequence.matcher.consume_token(token):
+                    failed[sequence.request_id] = f"the grammar cannot go on: {sequence.matcher.get_error()}"
+                else:
+                    tokens[sequence.request_id] = token
+            if part.told:
+                logprobs |= _note(part.told)
+            page_errors += part.result.page_errors
+        outputs = self.scheduler.commit(launched.batch, tokens, failed)
+        return _with_logprobs(outputs, launched.batch.scheduled, logprobs)
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
@@ -141,57 +294,18 @@ class Engine:
         half = len(scheduled) // 2
         return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
 
-    def _sample(
-        self,
-        scheduled: list[Scheduled],
-        result: RunResult,
-        tokens: dict[str, int],
-        logprobs: dict[str, TokenLogprobs],
-        failed: dict[str, str],
-    ) -> None:
-        for item, poisoned in zip(scheduled, result.poisoned, strict=True):
-            if poisoned:
-                failed[item.sequence.request_id] = "the model computed NaN or infinity for this request"
-        sampling = [item.sequence for item in scheduled if item.samples]
-        if not sampling:
-            return
-        rows = [
-            SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
-            for s in sampling
-        ]
-        self._restrict(sampling, rows)
-        sampled = self.sampler.sample(result.logits, rows)
-        for sequence, token, told in zip(sampling, sampled.tokens, sampled.logprobs, strict=True):
-            if token is None:
-                failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
-                continue
-            if sequence.matcher is not None and not sequence.matcher.consume_token(token):
-                failed[sequence.request_id] = f"the grammar cannot go on: {sequence.matcher.get_error()}"
-                continue
-            tokens[sequence.request_id] = token
-            if told is not None:
-                logprobs[sequence.request_id] = told
-
-    def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
-        """Tell the rows of sequences that follow a grammar what it allows next."""
-        bound = [(row, s.matcher) for row, s in zip(rows, sampling, strict=True) if s.matcher is not None]
-        if bound and self.grammars is not None:
-            for (row, _), allowed in zip(bound, self.grammars.allowed([matcher for _, matcher in bound]), strict=True):
-                row.allowed = allowed
-
-    def _score(self, scheduled: list[Scheduled], result: RunResult) -> None:
-        """Note the log-probabilities of prompt tokens that were asked for."""
-        if result.prompt_logits is None:
-            return
-        each = [(item.sequence, position) for item in scheduled for position in item.scored]
-        tokens = [sequence.token_ids[position + 1] for sequence, position in each]
-        num_top = [sequence.params.prompt_logprobs or 0 for sequence, _ in each]
-        told = prompt_logprobs(result.prompt_logits[:, : self.limits.vocab_size], tokens, num_top)
-        for (sequence, _), one in zip(each, told, strict=True):
-            sequence.prompt_logprobs.append(one)
-
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())
+
+
+def _note(told: _Told) -> dict[str, TokenLogprobs]:
+    """Of drawn tokens by request id; those of prompts are kept until the first token is sent."""
+    rows = told.wait()
+    num_drawn = len(told.drawn)
+    for (sequence, position), row in zip(told.scored, rows[num_drawn:], strict=True):
+        if position == len(sequence.prompt_logprobs):  # else it was computed a second time meanwhile
+            sequence.prompt_logprobs.append(row)
+    return {sequence.request_id: row for sequence, row in zip(told.drawn, rows[:num_drawn], strict=True)}
 
 
 def _with_logprobs(
@@ -201,7 +315,8 @@ def _with_logprobs(
     first = {
         item.sequence.request_id: item.sequence.prompt_logprobs
         for item in scheduled
-        if item.sequence.params.prompt_logprobs is not None and item.sequence.num_output == 1
+        if item.sequence.params.prompt_logprobs is not None
+        and len(item.sequence.token_ids) == item.sequence.num_prompt + 1
     }
     if not logprobs and not first:
         return outputs

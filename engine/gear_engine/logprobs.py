@@ -20,22 +20,19 @@ def token_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     One tensor, so that whoever needs it on the host copies once; float64 holds every token id exactly. A row's value
     may differ in the last bit with the number of rows: it is told to the user and decides nothing.
     """
-    logits = logits.float()
+    parts = [
+        _packed(logits[start : start + ROWS_AT_ONCE].float(), tokens[start : start + ROWS_AT_ONCE], num_top)
+        for start in range(0, len(tokens), ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts)
+
+
+def _packed(logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     norm = logits.logsumexp(dim=-1, keepdim=True)
     own = logits.gather(-1, tokens[:, None].clamp(min=0))  # -1: a row without a token, of which nobody reads this
     rank = (logits > own).sum(dim=-1, keepdim=True) + 1
     best = logits.topk(num_top, dim=-1)
     return torch.cat([own - norm, rank, best.indices, best.values - norm], dim=-1).double()
-
-
-def prompt_logprobs(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """Of the tokens that follow each row; logits: [N, V]."""
-    told: list[TokenLogprobs] = []
-    ids = torch.tensor(tokens, device=logits.device)
-    for start in range(0, len(tokens), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        told += unpack(token_logprobs(logits[part], ids[part], max(num_top[part])).tolist(), num_top[part])
-    return told
 
 
 def unpack(rows: Sequence[Sequence[float]], num_top: Sequence[int]) -> list[TokenLogprobs]:

@@ -18,7 +18,7 @@ from gear_compression.reference.attention import ReferenceBackend
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import PageError
-from gear_engine.sequence import Scheduled
+from gear_engine.sequence import Scheduled, Sequence
 
 BACKENDS: dict[str, type[CpuBackend] | type[ReferenceBackend]] = {"cpu": CpuBackend, "reference": ReferenceBackend}
 
@@ -29,14 +29,19 @@ class RunResult:
 
     logits: Tensor  # [number of sequences that sample, V]
     page_errors: list[PageError]  # sampled among the pages that were sealed
-    poisoned: list[bool]  # of every scheduled sequence: NaN or infinity in what the model made of its tokens
+    poisoned: Tensor  # bool, of every scheduled sequence: NaN or infinity in what the model made of its tokens
     prompt_logits: Tensor | None = None  # [positions that are `scored`, V], in order; None: nobody asked
 
 
 class Runner(Protocol):
     """What the engine needs of a model; tests put a scripted one in its place."""
 
+    overlaps: bool  # whether `run` returns before the device has computed, so that the next batch can be scheduled
+
     def run(self, scheduled: list[Scheduled]) -> RunResult: ...
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[Tensor]) -> None:
+        """What was drawn for these sequences: the pending tokens of the next `run`. Nothing to do without overlap."""
 
     def move(self, moves: list[Move]) -> None: ...
 
@@ -79,7 +84,9 @@ class PooledAttention:
 
 
 class ModelRunner:
-    """The model and the pool, on one device."""
+    """The model and the pool, on the CPU."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -111,7 +118,10 @@ class ModelRunner:
         poisoned = [not bool(rows.all()) for rows in finite.split([item.num_new for item in scheduled])]
         num_sampled = sum(item.samples for item in scheduled)
         prompt_logits = logits[num_sampled:] if len(logits) > num_sampled else None
-        return RunResult(logits[:num_sampled], self._page_errors(), poisoned, prompt_logits)
+        return RunResult(logits[:num_sampled], self._page_errors(), torch.tensor(poisoned), prompt_logits)
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[Tensor]) -> None:
+        """They are known before the next batch is run."""
 
     def move(self, moves: list[Move]) -> None:
         """Copy slots to host memory and back, bit for bit, in the order given."""
@@ -168,7 +178,7 @@ def paged_batch(scheduled: list[Scheduled], layout: Layout) -> PagedBatch:
         query_start=new.cumsum(0),
         context_len=torch.tensor([item.start for item in scheduled]),
         page_table=_table([item.pages for item in scheduled], 1),
-        open_slots=_table([item.sequence.open_slots for item in scheduled], layout.max_runs),
+        open_slots=_table([item.open_slots for item in scheduled], layout.max_runs),
         next_open_slots=_table([item.next_open_slots for item in scheduled], layout.max_runs),
     )
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from gear_engine.grammar import stacked, unpacked
-from gear_engine.logprobs import token_logprobs, unpack
-from gear_engine.protocol import SamplingParams, TokenLogprobs
+from gear_engine.protocol import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: dividing by it would overflow
 WEIGHT_ONE = 2.0**40  # the weight of the best token; a sum over 4 million tokens still fits into an int64
@@ -36,14 +35,6 @@ class SamplingRow:
     allowed: Tensor | None = None  # [W] int32 on the host: a bit for each token that a grammar allows next
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One of each for every row."""
-
-    tokens: list[int | None]  # None: no token can be chosen (NaN, +inf, or all -inf)
-    logprobs: list[TokenLogprobs | None]  # None: not asked for
-
-
 class Sampler:
     """Parameters mean and follow what they do in vLLM: grammar, bias, penalties, temperature, min_p, top_k, top_p."""
 
@@ -51,8 +42,15 @@ class Sampler:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
-        """logits: [N, V] of any float type."""
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+        """As `draw`, on the host; None where no token can be chosen."""
+        return [None if token < 0 else token for token in self.draw(logits, rows).tolist()]
+
+    def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """logits: [N, V] of any float type -> [N] int64 tokens on the same device, not waited for.
+
+        -1 where no token can be chosen (NaN, +inf, or all -inf).
+        """
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
         raw, logits = logits, _adjusted(logits, rows, self.eos_token_ids)
@@ -64,29 +62,13 @@ class Sampler:
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
             tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in drawn])
-        tokens = tokens.where(healthy, -1)  # -1: no token
-        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        if asked:
-            return _with_logprobs(raw, tokens, rows, asked)
-        return Sampled(_or_none(tokens.tolist()), [None] * len(rows))  # one copy to the host for the whole batch
+        return tokens.where(healthy, -1)
 
 
-def _with_logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], asked: list[int]) -> Sampled:
-    """Tokens and log-probabilities in one copy to the host; the rows `asked` are read, the others left alone."""
-    num_top = [rows[i].params.logprobs or 0 for i in asked]
-    index = torch.tensor(asked, device=logits.device)
-    packed = token_logprobs(logits[index], tokens[index], max(num_top))
-    flat = torch.cat([tokens.double(), packed.flatten()]).tolist()
-    width = packed.shape[1]
-    told = unpack([flat[start : start + width] for start in range(len(rows), len(flat), width)], num_top)
-    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    for i, one in zip(asked, told, strict=True):
-        logprobs[i] = one
-    return Sampled(_or_none([int(token) for token in flat[: len(rows)]]), logprobs)
-
-
-def _or_none(tokens: list[int]) -> list[int | None]:
-    return [None if token < 0 else token for token in tokens]
+def reads_history(params: SamplingParams) -> bool:
+    """Whether the next token depends on those before it otherwise than through the model."""
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    return penalised or bool(params.grammar)
 
 
 @dataclass(slots=True)

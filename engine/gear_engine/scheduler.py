@@ -79,6 +79,8 @@ class Scheduler:
         for decoding in (True, False):
             for sequence in list(self.running):
                 budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
+                if sequence.num_pending and sequence.num_output >= sequence.params.max_tokens:
+                    continue  # its last token is being drawn
                 if (sequence.num_to_compute == 1) == decoding and budget and sequence in self.running:
                     item = self._take(sequence, self._num_next(sequence, budget), scheduled)
                     if item is not None:
@@ -184,8 +186,8 @@ class Scheduler:
 
     def _slots_to_come(self, sequence: Sequence) -> int:
         """Slots that its known tokens and the next one still need."""
-        held = len(sequence.pages) + len(sequence.open_slots)
-        return max(0, num_slots_held(self.layout, len(sequence.token_ids) + 1) - held)
+        held = len(sequence.pages) + len(sequence.fresh_slots) + len(sequence.open_slots)
+        return max(0, num_slots_held(self.layout, sequence.num_tokens + 1) - held)
 
     def _take(self, sequence: Sequence, num_new: int, scheduled: list[Scheduled]) -> Scheduled | None:
         """Slots for a running sequence, from those behind it in the order if need be; None if it is the last itself."""
@@ -217,7 +219,13 @@ class Scheduler:
             start=start,
             num_new=num_new,
             samples=num_new == sequence.num_to_compute,
-            pages=[p.slot for p in sequence.pages] + (sequence.open_slots if in_place else []) + slots[:num_sealed],
+            pages=[
+                *(page.slot for page in sequence.pages),
+                *sequence.fresh_slots,
+                *(sequence.open_slots if in_place else []),
+                *slots[:num_sealed],
+            ],
+            open_slots=sequence.open_slots,
             next_open_slots=kept + slots[num_sealed:],
             spent_slots=sequence.open_slots if num_filled and not in_place else [],
             taken_slots=slots,
@@ -244,35 +252,53 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """It has ended: its pages are for others now, if they may be shared."""
+        sequence.has_ended = True
         self.host.give_back(sequence.host_slots)
         sequence.host_slots, sequence.num_swapped = [], 0
         self._let_go(sequence, keep=self.prefix_cache)
 
     def _let_go(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Of its slots in the pool."""
-        self.allocator.give_back(sequence.open_slots)
+        self.allocator.give_back(sequence.open_slots + sequence.fresh_slots)
         self.cache.release(sequence.pages, keep=keep)
-        sequence.pages, sequence.open_slots, sequence.num_computed = [], [], 0
+        sequence.pages, sequence.fresh_slots, sequence.open_slots, sequence.num_computed = [], [], [], 0
 
-    def commit(self, batch: Batch, tokens: dict[str, int], failed: dict[str, str]) -> list[RequestOutput]:
-        """Take note of what a step computed: `tokens` drawn and sentences of failure, both by request id."""
-        outputs = []
+    def advance(self, batch: Batch) -> None:
+        """The step has been handed to the device: whatever is scheduled from now on comes after it.
+
+        The tokens that it draws count as pending until `commit` brings them. Those that it computes with are known.
+        """
         for item in batch.scheduled:
             sequence = item.sequence
             if not sequence.was_scheduled:
                 self._count_start(sequence)
+            if sequence.has_ended:  # when the step before it was committed
+                self.allocator.give_back(item.taken_slots)
+                continue
+            sequence.fresh_slots = item.pages[len(sequence.pages) :]
+            sequence.open_slots = item.next_open_slots
+            sequence.num_computed += item.num_new
+            sequence.num_pending = int(item.samples)
+            self.allocator.give_back(item.spent_slots)
+
+    def commit(self, batch: Batch, tokens: dict[str, int], failed: dict[str, str]) -> list[RequestOutput]:
+        """Take note of what an advanced step drew: `tokens` and sentences of failure, both by request id."""
+        outputs = []
+        for item in batch.scheduled:
+            sequence = item.sequence
+            if sequence.has_ended:
+                continue
             output = None
             if error := failed.get(sequence.request_id):
-                self.allocator.give_back(item.taken_slots)  # what is in them is no page that others may find
                 output = RequestOutput(sequence.request_id, [], finish_reason="error", error=error)
             else:
-                self._advance(item)
+                self._share(sequence)
                 if item.samples:
                     output = self._append(sequence, tokens[sequence.request_id])
             if output is not None:
                 outputs.append(output)
                 if output.finish_reason is not None:
-                    self.running.remove(sequence)
+                    (self.running if sequence in self.running else self.waiting).remove(sequence)
                     self._release(sequence)
         return outputs
 
@@ -282,21 +308,19 @@ class Scheduler:
         self.num_cached_tokens += sequence.num_cached
         self.num_prefix_hits += sequence.num_cached > 0
 
-    def _advance(self, item: Scheduled) -> None:
-        """The step's tokens are in the pool; the pages that it sealed may be found from now on."""
-        sequence = item.sequence
+    def _share(self, sequence: Sequence) -> None:
+        """The pages that a step sealed are good: others may find them from now on."""
         page_tokens = sequence.page_tokens(self.layout.page_size)
-        for slot in item.pages[len(sequence.pages) :]:
+        for slot in sequence.fresh_slots:
             parent = sequence.pages[-1] if sequence.pages else None
             tokens = page_tokens[len(sequence.pages)]
             sequence.pages.append(self.cache.add(parent, sequence.cache_salt, tokens, slot))
-        sequence.open_slots = item.next_open_slots
-        sequence.num_computed += item.num_new
-        self.allocator.give_back(item.spent_slots)
+        sequence.fresh_slots = []
 
     def _append(self, sequence: Sequence, token: int) -> RequestOutput:
         params, cached = sequence.params, sequence.num_cached
         sequence.token_ids.append(token)
+        sequence.num_pending = 0
         self.num_generated += 1
         is_end = token in self.eos_token_ids and not params.ignore_eos
         if (is_end or token in params.stop_token_ids) and sequence.num_output >= params.min_tokens:
@@ -335,11 +359,12 @@ class Scheduler:
         """Every active slot is a run of one open page, or a sealed page with as many holders as it says; for tests."""
         self.allocator.check_integrity()
         self.cache.check_integrity(page for s in self.running for page in s.pages)
-        active = [slot for s in self.running for slot in s.open_slots]
+        active = [slot for s in self.running for slot in s.open_slots + s.fresh_slots]
         active += {page: page.slot for s in self.running for page in s.pages}.values()
         assert len(active) == len(set(active)) == self.allocator.num_active
-        assert all(len(s.pages) == s.num_computed // self.layout.page_size for s in self.running)
-        assert not any(s.pages or s.open_slots for s in self.waiting)
+        num_pages = (len(s.pages) + len(s.fresh_slots) - s.num_computed // self.layout.page_size for s in self.running)
+        assert not any(num_pages)
+        assert not any(s.pages or s.fresh_slots or s.open_slots for s in self.waiting)
         swapped = [slot for s in self.waiting for slot in s.host_slots] + self.cache.host_slots()
         assert len(swapped) == len(set(swapped)) == self.host.num_active
         assert not any(s.host_slots or s.num_swapped for s in self.running)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """[0 .. num_computed) is in the pool: whole pages in `pages`, the rest in the runs `open_slots`."""
+    """[0 .. num_computed) is in the pool: pages in `pages` and `fresh_slots`, the rest in the runs `open_slots`."""
 
     request_id: str
     token_ids: list[int]  # prompt, then what was sampled
@@ -27,24 +27,32 @@ class Sequence:
     arrival_s: float  # time.monotonic() when the request came in
     cache_salt: str = ""  # sequences share pages only with those of the same salt
     pages: list[Page] = field(default_factory=list)  # may be shared with other sequences
+    fresh_slots: list[int] = field(default_factory=list)  # pages after these, of a step that is not committed yet
     open_slots: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0  # 1 while its last token is being drawn: computed with already, but not known yet
     num_swapped: int = 0  # [0 .. num_swapped) had been computed when it was swapped out; 0: it was not
     host_slots: list[int] = field(default_factory=list)  # the runs of its open page then, in host memory
     num_cached: int = 0  # prompt tokens that were in the pool when it was first scheduled
     was_scheduled: bool = False
     matcher: "LLMatcher | None" = None  # of its grammar, after the tokens that were sampled
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens from the second on, if asked for
+    has_ended: bool = False
     _page_tokens: list[bytes] = field(default_factory=list)
 
     @property
+    def num_tokens(self) -> int:
+        """With the one that is being drawn."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return self.num_tokens - self.num_prompt
 
     @property
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are not in the pool: 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def num_unscored(self) -> int:
@@ -67,6 +75,7 @@ class Scheduled:
     num_new: int
     samples: bool  # it computes the last known token, so that the next one can be drawn
     pages: list[int]  # slots of its pages after the step: those that it fills are in here
+    open_slots: list[int]  # runs of its open page before the step
     next_open_slots: list[int]
     spent_slots: list[int]  # runs of a page that the step seals: free once it is done
     taken_slots: list[int]  # what the step took for itself: given back if it is not to run after all

@@ -10,12 +10,17 @@ from gear_engine.protocol import AddRequest, SamplingParams
 from gear_engine.runner import ModelRunner, RunResult
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled
+from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator
 
 
 class RecordingRunner:
     """Keeps the log-probabilities that each output token was drawn from."""
+
+    overlaps = False
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[torch.Tensor]) -> None:
+        pass
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner

@@ -13,7 +13,7 @@ from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, Reques
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled
+from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_slots_for_one
 
 VOCAB, EOS = 100, 7
@@ -21,6 +21,8 @@ VOCAB, EOS = 100, 7
 
 class ScriptedRunner:
     """The next token is the position it is computed at, modulo the vocabulary; some requests go wrong."""
+
+    overlaps = False
 
     def __init__(self, poisoned: str = "", too_large: int = 10**9) -> None:
         self.poisoned = poisoned
@@ -39,7 +41,10 @@ class ScriptedRunner:
         logits = torch.zeros(len(rows), VOCAB)
         for row, item in zip(logits, rows, strict=True):
             row[(item.start + item.num_new) % VOCAB] = 5.0
-        return RunResult(logits, [], [item.sequence.request_id == self.poisoned for item in scheduled])
+        return RunResult(logits, [], torch.tensor([item.sequence.request_id == self.poisoned for item in scheduled]))
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[torch.Tensor]) -> None:
+        pass
 
 
 def tiny_layout(preset: str) -> Layout:

@@ -17,7 +17,7 @@ from gear_engine.protocol import AddRequest, RequestError, SamplingParams
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler, SamplingRow
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled
+from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator
 
 EOS, PADDED = 256, 300  # a vocabulary of all bytes and an end; the output layer is wider
@@ -26,15 +26,19 @@ EOS, PADDED = 256, 300  # a vocabulary of all bytes and an end; the output layer
 class RandomRunner:
     """Logits without a pattern: what comes out well formed is so because of the grammar."""
 
-    def __init__(self) -> None:
+    def __init__(self, overlaps: bool = False) -> None:
+        self.overlaps = overlaps
         self.random = torch.Generator().manual_seed(0)
 
     def move(self, moves: list[Move]) -> None:
         pass
 
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[torch.Tensor]) -> None:
+        pass
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         logits = torch.randn(sum(item.samples for item in scheduled), PADDED, generator=self.random) * 3
-        return RunResult(logits, [], [False] * len(scheduled))
+        return RunResult(logits, [], torch.zeros(len(scheduled), dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +53,11 @@ def grammars(tmp_path_factory: pytest.TempPathFactory) -> Grammars:
     return Grammars(folder, [EOS])
 
 
-def engine(grammars: Grammars | None) -> Engine:
+def engine(grammars: Grammars | None, overlaps: bool = False) -> Engine:
     scheduler = Scheduler(
         SlotAllocator(200), tiny_layout("near-lossless"), max_running=4, max_batch_tokens=64, eos_token_ids=[EOS]
     )
-    return Engine(scheduler, RandomRunner(), Sampler(PADDED, [EOS]), Limits(400, PADDED), grammars)
+    return Engine(scheduler, RandomRunner(overlaps), Sampler(PADDED, [EOS]), Limits(400, PADDED), grammars)
 
 
 def text_of(grammars: Grammars, token_ids: list[int]) -> str:
@@ -72,8 +76,9 @@ def run(target: Engine) -> dict[str, tuple[list[int], str | None]]:
     return ended
 
 
-def test_random_logits_follow_their_grammars_side_by_side(grammars: Grammars) -> None:
-    target = engine(grammars)
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_random_logits_follow_their_grammars_side_by_side(grammars: Grammars, overlaps: bool) -> None:
+    target = engine(grammars, overlaps)
     schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
     wanted = {
         "regex": LLMatcher.grammar_from_regex("[a-f]{3}-[0-9]{2}"),
@@ -159,4 +164,18 @@ def test_a_mask_hides_no_poison_and_leaves_neighbours_alone() -> None:
     only_two = torch.tensor([4, 0], dtype=torch.int32)  # token 2
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
     rows = [SamplingRow(greedy, 0, 0, allowed=only_two) for _ in range(3)] + [SamplingRow(greedy, 0, 0)]
-    assert Sampler(40, []).sample(logits, rows).tokens == [None, None, 2, 9]
+    assert Sampler(40, []).sample(logits, rows) == [None, None, 2, 9]
+
+
+def test_log_probabilities_travel_with_their_tokens_where_steps_overlap(grammars: Grammars) -> None:
+    for overlaps in (False, True):
+        target = engine(grammars, overlaps)
+        target.add(AddRequest("a", [1, 2, 3], SamplingParams(max_tokens=5, temperature=0.0, logprobs=1)))
+        outputs = []
+        while target.has_work:
+            outputs += target.step().outputs
+        assert len(outputs) == 5
+        for output in outputs:
+            assert output.logprobs is not None
+            assert [one.rank for one in output.logprobs] == [1]
+            assert output.logprobs[0].top[0][0] == output.token_ids[0]

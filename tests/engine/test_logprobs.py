@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from gear_compression import PRESETS, layout_for
 from gear_engine.engine import Engine, Limits
-from gear_engine.logprobs import prompt_logprobs
+from gear_engine.logprobs import token_logprobs, unpack
 from gear_engine.model_loader import LoadedModel
 from gear_engine.protocol import AddRequest, RequestError, RequestOutput, SamplingParams, TokenLogprobs
 from gear_engine.runner import ModelRunner
-from gear_engine.sampler import Sampler, SamplingRow
+from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
 
@@ -152,19 +152,15 @@ def test_a_prompt_of_one_token_has_none(models: tuple[LoadedModel, torch.nn.Modu
 
 def test_a_row_without_a_token_leaves_its_neighbours_theirs() -> None:
     logits = torch.tensor([[0.0, float("nan"), 1.0], [2.0, 0.0, 1.0]])
-    rows = [SamplingRow(SamplingParams(max_tokens=1, temperature=0.0, logprobs=2), 0, 0) for _ in range(2)]
-    sampled = Sampler(3, []).sample(logits, rows)
-    assert sampled.tokens == [None, 0]
-    told = sampled.logprobs[1]
-    assert told is not None
+    told = unpack(token_logprobs(logits, torch.tensor([-1, 0]), 2).tolist(), [2, 2])[1]
     assert (told.rank, [token for token, _ in told.top]) == (1, [0, 2])
     assert told.logprob == pytest.approx(float(logits[1].log_softmax(-1)[0]))
 
 
 def test_a_long_prompt_is_looked_at_in_slices() -> None:
     torch.manual_seed(0)
-    logits, tokens = torch.randn(150, 20), [i % 20 for i in range(150)]
-    told = prompt_logprobs(logits, tokens, [1 + i % 3 for i in range(150)])
+    logits, tokens = torch.randn(150, 20), torch.arange(150) % 20
+    told = unpack(token_logprobs(logits, tokens, 3).tolist(), [1 + i % 3 for i in range(150)])
     assert [len(one.top) for one in told] == [1 + i % 3 for i in range(150)]
     expected = logits.log_softmax(-1)[range(150), tokens].tolist()
     assert [one.logprob for one in told] == pytest.approx(expected, abs=1e-5)

@@ -19,7 +19,7 @@ from gear_engine.protocol import AddRequest, SamplingParams
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Scheduled
+from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_slots_for_one
 
 MAX_LEN = 300
@@ -28,8 +28,10 @@ MAX_LEN = 300
 class RememberingRunner:
     """A slot holds tokens. The next token is drawn from all tokens before it, as they are found in the slots."""
 
-    def __init__(self, layout: Layout, failing: set[str]) -> None:
+    def __init__(self, layout: Layout, failing: set[str], overlaps: bool) -> None:
         self.layout = layout
+        self.overlaps = overlaps
+        self.drawn: dict[str, int] = {}  # in the last step
         self.failing = failing
         self.slab: dict[int, list[int]] = {}
         self.host_slab: dict[int, list[int]] = {}
@@ -45,23 +47,30 @@ class RememberingRunner:
         writes: dict[int, list[int]] = {}
         texts = []
         for item in scheduled:
-            known = [t for page in item.sequence.pages for t in self.slab[page.slot]]
-            known += [t for slot in item.sequence.open_slots for t in self.slab[slot]]
-            assert known == item.sequence.token_ids[: item.start]
-            texts.append(known + item.sequence.token_ids[item.start : item.start + item.num_new])
+            sealed = item.pages[: item.start // self.layout.page_size]
+            known = [t for slot in sealed + item.open_slots for t in self.slab[slot]]
+            tokens = list(item.sequence.token_ids)
+            if item.sequence.num_pending:
+                tokens.append(self.drawn[item.sequence.request_id])
+            assert known == tokens[: item.start] or item.sequence.request_id in self.failing
+            texts.append(tokens[: item.start + item.num_new])
             written = self._written(item, texts[-1])
             if item.sequence.request_id in self.failing:
                 written = {slot: [] for slot in written}
             assert not writes.keys() & written.keys()
             writes |= written
-        held = {page.slot for item in scheduled for page in item.sequence.pages}
+        held = {slot for item in scheduled for slot in item.pages[: item.start // self.layout.page_size]}
         assert not writes.keys() & held, "a sealed page is never written again"
         self.slab |= writes
         texts = [text for text, item in zip(texts, scheduled, strict=True) if item.samples]
         logits = torch.zeros(len(texts), VOCAB)
         for row, text in zip(logits, texts, strict=True):
             row[next_token(text)] = 5.0
-        return RunResult(logits, [], [item.sequence.request_id in self.failing for item in scheduled])
+        return RunResult(logits, [], torch.tensor([item.sequence.request_id in self.failing for item in scheduled]))
+
+    def keep_drawn(self, sequences: list[Sequence], tokens: list[torch.Tensor]) -> None:
+        drawn = [token for part in tokens for token in part.tolist()]
+        self.drawn = {sequence.request_id: token for sequence, token in zip(sequences, drawn, strict=True)}
 
     def _written(self, item: Scheduled, text: list[int]) -> dict[int, list[int]]:
         """What each slot that the step writes holds after it."""
@@ -69,7 +78,7 @@ class RememberingRunner:
         num_full = len(text) // page_size
         assert len(item.pages) == num_full
         written = {
-            item.pages[i]: text[i * page_size : (i + 1) * page_size] for i in range(len(item.sequence.pages), num_full)
+            item.pages[i]: text[i * page_size : (i + 1) * page_size] for i in range(item.start // page_size, num_full)
         }
         rest = text[num_full * page_size :]
         assert len(item.next_open_slots) == -(-len(rest) // run_tokens)
@@ -89,11 +98,14 @@ class Serving(RuleBasedStateMachine):
         num_host_slots=st.sampled_from([0, 1, 3, 8, 50]),
         prefix_cache=st.booleans(),
         chunk=st.sampled_from([20, 70, 200]),
+        overlaps=st.booleans(),
     )
-    def start(self, preset: str, spare: int, num_host_slots: int, prefix_cache: bool, chunk: int) -> None:
+    def start(
+        self, preset: str, spare: int, num_host_slots: int, prefix_cache: bool, chunk: int, overlaps: bool
+    ) -> None:
         layout = tiny_layout(preset)
         self.failing: set[str] = set()
-        self.runner = RememberingRunner(layout, self.failing)
+        self.runner = RememberingRunner(layout, self.failing, overlaps)
         self.scheduler = Scheduler(
             SlotAllocator(num_slots_for_one(layout, MAX_LEN) + spare),
             layout,

@@ -9,7 +9,7 @@ from gear_compression.cuda.seal import OPTIONS as SEAL
 
 DECODE = {"window": 0, "softcap": 0, "float_out": 0, "min_ctas": 4}
 KERNELS = [
-    ("decode.cu", "near-lossless", DECODE),
+    ("decode.cu", "near-lossless", DECODE | {"min_ctas": 5}),
     ("decode.cu", "gear-4bit", DECODE | {"window": 1, "softcap": 1}),
     ("decode.cu", "none", DECODE | {"float_out": 1}),
     ("seal.cu", "near-lossless", SEAL),

@@ -1,10 +1,9 @@
 // New keys and values: into the stored basis, rounded to bf16, and those that stay open into their runs.
 //
-// A warp takes one (token, head); lane x the channels x, x + 32, …
-#include "pages.cuh"
+// A warp takes one (token, head).
+#include "page.cuh"
 
 constexpr int kThreads = 128;
-constexpr int kPer = D / 32;
 
 struct Args {
   uint8_t* pool;
@@ -16,30 +15,6 @@ struct Args {
   const int* offsets;  // [T] token of the run
   int num_tokens;
 };
-
-// Times an orthonormal Hadamard matrix, in blocks of the largest power of two that divides D.
-DEVICE void rotate(float (&x)[kPer]) {
-  constexpr int kBlock = D & -D;
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int half = 1; half < kBlock && half < 32; half *= 2)
-#pragma unroll
-    for (int i = 0; i < kPer; i++) {
-      const float other = __shfl_xor_sync(~0u, x[i], half);
-      x[i] = lane & half ? other - x[i] : x[i] + other;
-    }
-#pragma unroll
-  for (int half = 32; half < kBlock; half *= 2)
-#pragma unroll
-    for (int i = 0; i < kPer; i++)
-      if ((i & half / 32) == 0) {
-        const float low = x[i], high = x[i + half / 32];
-        x[i] = low + high, x[i + half / 32] = low - high;
-      }
-  const float scale = rsqrtf((float)kBlock);
-#pragma unroll
-  for (int i = 0; i < kPer; i++) x[i] *= scale;
-}
 
 template <bool ROTATE>
 DEVICE void append_row(uint16_t* row, uint16_t* run) {

@@ -18,13 +18,20 @@ from cuda.core import Device, ObjectCode, Program, ProgramOptions
 from gear_compression.config import GearConfig, PartConfig
 from gear_compression.layout import Layout, PageLayout, PartLayout, RawLayout
 from gear_compression.paths import cache_dir
+from gear_compression.reference.codes import GAUSSIAN_STEP
+from gear_compression.reference.low_rank import factor_zero
 
 _HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")  # that CI compiles for
 
 
+# What the definition has chosen once for all formats: of 4-bit factors, and of symmetric codes of 2 and 3 bits.
+FORMAT: dict[str, float] = {"factor_zero": factor_zero(4)}
+FORMAT |= {f"gaussian_step_{bits}": step for bits, step in GAUSSIAN_STEP.items()}
+
+
 def header(layout: Layout, layer: int, options: Mapping[str, int]) -> str:
-    """`Page`, `Keys`, `Values` and `Options` as C++ structs of constants."""
+    """`Format`, `Page`, `Keys`, `Values` and `Options` as C++ structs of constants."""
     if isinstance(layout, PageLayout):
         record = layout.layers[layer]
         page = {
@@ -43,13 +50,18 @@ def header(layout: Layout, layer: int, options: Mapping[str, int]) -> str:
         "run_tokens": layout.run_tokens,
         "num_heads": layout.num_kv_heads,
     }
-    structs = {"Page": page, "Keys": keys._asdict(), "Values": values._asdict(), "Options": options}
+    structs: dict[str, Mapping[str, float]] = {"Format": FORMAT, "Page": page}
+    structs |= {"Keys": keys._asdict(), "Values": values._asdict(), "Options": options}
     return "#pragma once\n" + "".join(
         f"struct {name} {{\n"
-        + "".join(f"  static constexpr int {field} = {int(value)};\n" for field, value in fields.items())
+        + "".join(f"  static constexpr {_constant(field, value)};\n" for field, value in fields.items())
         + "};\n"
         for name, fields in structs.items()
     )
+
+
+def _constant(name: str, value: float) -> str:
+    return f"float {name} = {value}f" if isinstance(value, float) else f"int {name} = {int(value)}"
 
 
 def _unused(layout: RawLayout) -> tuple[PartLayout, PartLayout]:

@@ -14,12 +14,13 @@ constexpr int kRows = 64;             // tokens of a block
 constexpr int kBlocks = S / kRows;    // of a page
 // Where a page is one block, warps take turns at pages: on Hopper each stage of the ring has a page, and whoever has read
 // it asks for the next; before, where all threads copy together, a stage has a page for every warp.
-constexpr bool kOnePage = __CUDA_ARCH__ >= 900 || kBlocks >= kWarps;
 constexpr bool kWarpsAlternate = kBlocks < kWarps;
-constexpr int kPages = kOnePage ? 1 : kWarps / kBlocks;  // of a stage
-constexpr int kStages = kOnePage && kWarpsAlternate ? 3 : 2;
-constexpr int kColumns = D % 64 == 0 ? 64 : 32;  // channels of a key block, and rows of a value block
-constexpr int kWords = kColumns / 16;            // of a lane, in a key block's row
+#if __CUDA_ARCH__ >= 900
+constexpr int kStages = kWarpsAlternate ? 3 : 2;
+#else
+constexpr int kStages = 2, kPages = kWarpsAlternate ? kWarps / kBlocks : 1;  // pages of a stage
+#endif
+constexpr int kWords = kColumns / 16;  // of a lane, in a key block's row; a value block has kColumns rows
 constexpr int kParts = D / kColumns;
 constexpr int kTiles = kColumns / 16;  // of a value block: 16 channels each
 constexpr int kMaxSplits = 64;
@@ -71,24 +72,37 @@ struct Sums {
   }
 };
 
-// Queries as B fragments: column g is query g, and lane j has the channels of its words.
+// Queries as B fragments: column g is query g, and lane j has the channels of its words. First as they come, bf16 pairs of
+// neighbouring channels (0, 1) and (2, 3) of a word's four.
+using ExactQueries = uint32_t[kParts][kWords][2];
+
+DEVICE void load_queries(const uint16_t* q, int num_queries, int g, int j, ExactQueries& out) {
+#pragma unroll
+  for (int b = 0; b < kParts; b++)
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+      uint2 x = make_uint2(0, 0);
+      if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
+      out[b][w][0] = x.x, out[b][w][1] = x.y;
+    }
+}
+
 struct Queries {
   uint32_t f16[kParts][kWords][2];  // / kQueryWorth: channels (0, 2) and (1, 3) of a word's four
   uint32_t bf16[kParts][kWords][2];
   float sum[2];  // over all channels, of queries 2 j and 2 j + 1
 
-  DEVICE void load(const uint16_t* q, int num_queries, int g, int j) {
+  DEVICE Queries(const ExactQueries& exact, int j) {
     float mine = 0.f;
 #pragma unroll
     for (int b = 0; b < kParts; b++)
 #pragma unroll
       for (int w = 0; w < kWords; w++) {
-        uint2 x = make_uint2(0, 0);
-        if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
-        const Quad quad = quad_of_bf16(x, 1.f / kQueryWorth);
+        const uint32_t x = exact[b][w][0], y = exact[b][w][1];
+        const Quad quad = quad_of_bf16(make_uint2(x, y), 1.f / kQueryWorth);
         f16[b][w][0] = quad.even, f16[b][w][1] = quad.odd;
-        if constexpr (Keys::outliers > 0) bf16[b][w][0] = permute(x.x, x.y, 0x5410), bf16[b][w][1] = permute(x.x, x.y, 0x7632);
-        mine += low_bf16(x.x) + high_bf16(x.x) + low_bf16(x.y) + high_bf16(x.y);
+        if constexpr (Keys::outliers > 0) bf16[b][w][0] = permute(x, y, 0x5410), bf16[b][w][1] = permute(x, y, 0x7632);
+        mine += low_bf16(x) + high_bf16(x) + low_bf16(y) + high_bf16(y);
       }
     mine += __shfl_xor_sync(~0u, mine, 1);
     mine += __shfl_xor_sync(~0u, mine, 2);
@@ -117,7 +131,8 @@ DEVICE void add_coefficients(const uint8_t* record, const Queries& q, int b, int
   }
 }
 
-constexpr uint32_t kFactorZeroF16 = 0xc700c700u;  // -7: what a coded factor of 0 is stored as
+constexpr uint32_t kFactorZeroF16 = 0xc700c700u;  // -7 twice: less the code that means 0
+static_assert(Format::factor_zero == 7);
 
 // Coefficients q . B as the B operand of their product with A: ranks are its rows.
 struct Coefficients {
@@ -131,7 +146,7 @@ DEVICE Coefficients finish_coefficients(const uint8_t* record, const Queries& q,
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       const float worth = c < 2 ? 16777216.f : 1048576.f;
-      x[c] = (x[c] * (worth * kQueryWorth) - 7.f * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
+      x[c] = (x[c] * (worth * kQueryWorth) - Format::factor_zero * q.sum[c & 1]) * (c < 2 ? low_bf16(scales) : high_bf16(scales));
     }
     return {transpose(pack_f16(x[0], x[1])), transpose(pack_f16(x[2], x[3]))};  // ranks (4 j, 4 j + 2), (+ 1, + 3)
   } else {
@@ -247,7 +262,7 @@ DEVICE void key_scores(const uint8_t* record, int block, const Queries& q, float
     for (int c = 0; c < 4; c++) coefficients[0][c] += coefficients[1][c];
     const Coefficients x = finish_coefficients(record, q, g, coefficients[0]);
     low_rank_scores(record, block, x, g, j, exact);
-    if constexpr (Keys::factor_bits == 4) {  // codes stand for code - 7
+    if constexpr (Keys::factor_bits == 4) {
       float zero[4];
       mma_f16(zero, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, kFactorZeroF16, x.low, x.high, true);
       same[0] += zero[0] * scaling, same[1] += zero[1] * scaling;
@@ -456,23 +471,32 @@ DEVICE void attend_block(const Args& args, const uint8_t* record, int block, int
   add_values(record, block, scores, strips, sums, g, j);
 }
 
-// From sums of codes to sums of values, all rows alike.
+// What an entry of the output's sums is worth in units of the codes that join it, a power of two.
+DEVICE float code_worth(int m, int c) {
+  return (c < 2 ? ValueStrip::low_worth(m % kTiles) : ValueStrip::high_worth(m % kTiles)) / kUnitWorth;
+}
+// From sums of values to sums of codes that others may join.
+DEVICE void open_to_codes(Sums& sums) {
+#pragma unroll
+  for (int m = 0; m < kParts * kTiles; m++)
+#pragma unroll
+    for (int c = 0; c < 4; c++) sums.out[m][c] *= 1.f / code_worth(m, c);
+}
+// And back, with what the codes' zero adds, all rows alike.
 DEVICE void settle_codes(Sums& sums) {
   constexpr float kHalf = 0.5f * ((1 << Values::bits) - 1);
 #pragma unroll
   for (int m = 0; m < kParts * kTiles; m++)
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-      const int tile = m % kTiles;
-      const float worth = (c < 2 ? ValueStrip::low_worth(tile) : ValueStrip::high_worth(tile)) / kUnitWorth;
       const float zero = Values::symmetric ? -kHalf / kUnitWorth * sums.offset[c & 1] : sums.offset[c & 1];
-      sums.out[m][c] = sums.out[m][c] * worth + zero;
+      sums.out[m][c] = sums.out[m][c] * code_worth(m, c) + zero;
     }
 }
 
 // Sixteen exact tokens, bf16 rows of D channels: this lane's keys are those of tokens 2 g and 2 g + 1 from `key` on, its
 // values those of tokens 4 j … 4 j + 3 from `value` on. Tokens outside [first, last) count for nothing.
-DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const uint32_t (&q)[kParts][kWords][2], const Args& args,
+DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const ExactQueries& q, const Args& args,
                       int token, int first, int last, Sums& sums, int g, int j) {
   float scores[1][4] = {};
   const bool key_inside = token + 2 * g < last;
@@ -509,8 +533,7 @@ DEVICE void add_exact(const uint8_t* key, const uint8_t* value, const uint32_t (
 
 // Exact tokens [from, to) of a sequence, counted from its first; `slots` are the runs that hold them from token `base` on.
 DEVICE void add_runs(const Args& args, const int* slots, int head, int base, int from, int to, int first,
-                     const uint32_t (&q)[kParts][kWords][2], Sums& sums, int warp, int g, int j) {
-  constexpr int64_t kRunBytes = 2 * Page::run_tokens * D;  // of one head's keys
+                     const ExactQueries& q, Sums& sums, int warp, int g, int j) {
   const auto row = [&](int token, int part) {
     const int at = min(token, to - 1) - base;
     const int64_t slot = slots[at / Page::run_tokens];
@@ -521,127 +544,115 @@ DEVICE void add_runs(const Args& args, const int* slots, int head, int base, int
     add_exact(row((token + 2 * g), 0), row(token + 4 * j, 1), q, args, token, max(first, from), to, sums, g, j);
 }
 
-DEVICE void load_exact_queries(const uint16_t* q, int num_queries, int g, int j, uint32_t (&out)[kParts][kWords][2]) {
+constexpr int kMergeRow = D + 4;  // of a query in shared memory: its output, then peak and total
+
+DEVICE float warp_max(float x) {
 #pragma unroll
-  for (int b = 0; b < kParts; b++)
+  for (int step = 1; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+DEVICE float warp_sum(float x) {
 #pragma unroll
-    for (int w = 0; w < kWords; w++) {
-      uint2 x = make_uint2(0, 0);
-      if (g < num_queries) x = *(const uint2*)(q + g * D + b * kColumns + 4 * kWords * j + 4 * w);
-      out[b][w][0] = x.x, out[b][w][1] = x.y;
-    }
+  for (int step = 1; step < 32; step *= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
 }
 
-constexpr int kMergeRow = D + 4;  // of a query: its output, then peak and total
-
-// The warps' sums to one output per query in merged [kQueries][kMergeRow], normalised, its weight at [D] as log2.
-DEVICE void merge_warps(Sums& sums, float* shared, float* merged, int warp, int g, int j, int thread) {
-  __syncthreads();  // the ring is free
+DEVICE void share_sums(const Sums& sums, float* shared, int num_queries, int warp, int g, int j) {
 #pragma unroll
   for (int c = 0; c < 4; c++) {
+    if (2 * j + (c & 1) >= num_queries) continue;
     float* row = shared + (warp * kQueries + 2 * j + (c & 1)) * kMergeRow;
 #pragma unroll
     for (int m = 0; m < kParts * kTiles; m++) row[16 * m + 2 * g + c / 2] = sums.out[m][c];
     if (g == 0 && c < 2) row[D] = sums.total[c] == 0.f ? kLowest : sums.peak[c], row[D + 1] = sums.total[c];
   }
-  __syncthreads();
-  for (int x = thread; x < kQueries * D; x += kThreads) {
-    const int query = x / D, channel = x % D;
-    float peak = kLowest, total = 0.f, sum = 0.f;
+}
+
+// One query's output from all warps' sums, normalised, and log2 of its weight.
+DEVICE float merge_warps(const float* shared, int query, int lane, float (&out)[kPer]) {
+  float peak = kLowest, total = 0.f;
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) peak = fmaxf(peak, shared[(w * kQueries + query) * kMergeRow + D]);
+  for (int w = 0; w < kWarps; w++) peak = fmaxf(peak, shared[(w * kQueries + query) * kMergeRow + D]);
 #pragma unroll
-    for (int w = 0; w < kWarps; w++) {
-      const float* row = shared + (w * kQueries + query) * kMergeRow;
-      const float weight = exp2_fast(row[D] - peak);
-      total += weight * row[D + 1];
-      sum += weight * row[channel];
+  for (int i = 0; i < kPer; i++) out[i] = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; w++) {
+    const float* row = shared + (w * kQueries + query) * kMergeRow;
+    const float weight = exp2_fast(row[D] - peak);
+    total += weight * row[D + 1];
+#pragma unroll
+    for (int i = 0; i < kPer; i++) out[i] += weight * row[lane + 32 * i];
+  }
+  if (total == 0.f) return kLowest;  // no token here; a total that is not a number goes on
+#pragma unroll
+  for (int i = 0; i < kPer; i++) out[i] = out[i] / total;
+  return peak + log2f(total);
+}
+
+// One query's output from all splits, in their order, and as many loads under way at once as registers allow.
+DEVICE void merge_splits(const float* rows, const float* weights, int num_splits, int lane, float (&out)[kPer]) {
+  constexpr int kAtOnce = 16, kPerLane = kMaxSplits / 32;
+  float mine[kPerLane], peak = kLowest, total = 0.f;  // of splits lane, lane + 32, …
+#pragma unroll
+  for (int k = 0; k < kPerLane; k++) {
+    mine[k] = lane + 32 * k < num_splits ? __ldcg(weights + lane + 32 * k) : kMinusInfinity;
+    peak = fmaxf(peak, mine[k]);
+  }
+  peak = warp_max(peak);
+#pragma unroll
+  for (int k = 0; k < kPerLane; k++) total += mine[k] = exp2_fast(mine[k] - peak);
+  total = warp_sum(total);
+#pragma unroll
+  for (int i = 0; i < kPer; i++) out[i] = 0.f;
+#pragma unroll
+  for (int k = 0; k < kPerLane; k++)
+#pragma unroll 1
+    for (int first = 32 * k; first < min(num_splits, 32 * k + 32); first += kAtOnce) {
+      float part[kAtOnce][kPer];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++)
+#pragma unroll
+        for (int i = 0; i < kPer; i++) part[n][i] = __ldcg(rows + min(first + n, num_splits - 1) * D + lane + 32 * i);
+#pragma unroll
+      for (int n = 0; n < kAtOnce; n++) {
+        const float weight = __shfl_sync(~0u, mine[k], first + n - 32 * k);  // 0 of those that are not there
+#pragma unroll
+        for (int i = 0; i < kPer; i++) out[i] += weight * part[n][i];
+      }
     }
-    merged[query * kMergeRow + channel] = total > 0.f || total != total ? sum / total : 0.f;
-    if (channel == 0) merged[query * kMergeRow + D] = total > 0.f ? peak + log2f(total) : total != total ? total : kLowest;
-  }
-  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kPer; i++) out[i] = out[i] / total;
 }
 
-// merged [queries][D] in place: back from the Hadamard basis, in blocks of the largest power of two that divides D.
-DEVICE void rotate_back(float* merged, int num_queries, int thread) {
-  constexpr int kBlock = D & -D;
-  for (int half = 1; half < kBlock; half *= 2) {
-    for (int x = thread; x < num_queries * (D / 2); x += kThreads) {
-      const int query = x / (D / 2), pair = x % (D / 2);
-      float* a = merged + query * kMergeRow + pair / half * 2 * half + pair % half;
-      const float low = a[0], high = a[half];
-      a[0] = low + high, a[half] = low - high;
-    }
-    __syncthreads();
-  }
-  const float scale = rsqrtf((float)kBlock);
-  for (int x = thread; x < num_queries * D; x += kThreads) merged[x / D * kMergeRow + x % D] *= scale;
-  __syncthreads();
-}
-
-DEVICE void write_out(const Args& args, int64_t row, const float* merged, int num_queries, int thread) {
-  for (int x = thread; x < num_queries * D; x += kThreads) {
-    const float y = merged[x / D * kMergeRow + x % D];
-    if constexpr (Options::float_out) ((float*)args.out)[row * D + x] = y;
-    else ((uint16_t*)args.out)[row * D + x] = to_bf16(y);
-  }
-}
-
-// Whoever comes last adds up the splits of one (sequence, query tile), in their order. True in that CTA.
-DEVICE bool merge_splits(const Args& args, int64_t row, int64_t tile, int num_splits, int split, float* merged,
-                         float* weights, int num_queries, int* flag, int thread) {
-  float* partial_weights = args.partial + (int64_t)gridDim.z * args.num_heads * args.group * args.num_splits * D;
-  for (int x = thread; x < num_queries * D; x += kThreads)
-    args.partial[((row + x / D) * args.num_splits + split) * D + x % D] = merged[x / D * kMergeRow + x % D];
-  if (thread < num_queries) partial_weights[(row + thread) * args.num_splits + split] = merged[thread * kMergeRow + D];
+// True in the CTA that is the last of a tile's splits to come here, with what the others wrote.
+DEVICE bool is_last(int* arrived, int num_splits, int* flag, int thread) {
   __threadfence();
   __syncthreads();
   if (thread == 0) {
-    const int before = atomicAdd(args.arrived + tile, 1);
-    *flag = before == num_splits - 1;
-    if (*flag) args.arrived[tile] = 0;
+    *flag = atomicAdd(arrived, 1) == num_splits - 1;
+    if (*flag) *arrived = 0;
   }
   __syncthreads();
-  if (!*flag) return false;
-  __threadfence();
+  if (*flag) __threadfence();
+  return *flag;
+}
 
-  // Each query's weights, a group of 8 lanes a query, so that all loads are under way at once.
-  const int query = thread / 8, lane = thread % 8;
-  static_assert(kThreads == 8 * kQueries);
-  const float* theirs = partial_weights + (row + query) * args.num_splits;
-  float* mine = weights + query * kMaxSplits;
-  const int count = query < num_queries ? num_splits : 0;
-  float peak = -1e30f, total = 0.f;
-  for (int i = lane; i < count; i += 8) peak = fmaxf(peak, mine[i] = __ldcg(theirs + i));
-  __syncwarp();
-  for (int step = 1; step < 8; step *= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, step));
-  for (int i = lane; i < count; i += 8) total += mine[i] = exp2_fast(mine[i] - peak);
-  __syncwarp();
-  for (int step = 1; step < 8; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-  for (int i = lane; i < count; i += 8) mine[i] /= total;
-  __syncthreads();
-  for (int x = thread; x < num_queries * (D / 4); x += kThreads) {
-    const int at = x / (D / 4), quad = x % (D / 4);
-    const float4* rows = (const float4*)(args.partial + (row + at) * args.num_splits * D) + quad;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-    for (int i = 0; i < num_splits; i++) {
-      const float4 y = __ldcg(rows + i * (D / 4));
-      const float weight = weights[at * kMaxSplits + i];
-      sum.x += weight * y.x, sum.y += weight * y.y, sum.z += weight * y.z, sum.w += weight * y.w;
-    }
-    *(float4*)(merged + at * kMergeRow + 4 * quad) = sum;
+DEVICE void write_out(const Args& args, int64_t row, float (&out)[kPer], int lane) {
+  if constexpr (Values::rotate) rotate(out);  // back from the Hadamard basis
+#pragma unroll
+  for (int i = 0; i < kPer; i++) {
+    const int64_t at = row * D + lane + 32 * i;
+    if constexpr (Options::float_out) ((float*)args.out)[at] = out[i];
+    else ((uint16_t*)args.out)[at] = to_bf16(out[i]);
   }
-  __syncthreads();
-  return true;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) uint8_t ring[];
 #if __CUDA_ARCH__ >= 900
   __shared__ __align__(8) uint64_t barriers[kStages];
-  __shared__ int asked[kStages];  // the page that each stage was last asked to hold
+  __shared__ int asked[kStages];  // the page that each stage was last asked to hold, where warps take turns at pages
+  __shared__ int readers[kStages];  // warps that have read what a stage held, else
 #endif
   __shared__ int flag;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, j = lane % 4;
@@ -649,6 +660,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
   const int head = blockIdx.x / query_tiles, query_tile = blockIdx.x % query_tiles;
   const int split = blockIdx.y, sequence = blockIdx.z;
   const int num_queries = min(kQueries, args.group - query_tile * kQueries);
+  const int* pages = args.page_table + (int64_t)sequence * args.max_pages;
+#if __CUDA_ARCH__ >= 900
+  int first_slots[kStages];  // without a window, they and the length are read at once
+#pragma unroll
+  for (int i = 0; i < kStages; i++) {
+    const int page = split * args.pages_per_split + i;
+    first_slots[i] = !Page::raw && !Options::window && page < args.max_pages ? pages[page] : -1;
+  }
+#endif
   const int length = args.lengths[sequence];
   if (length <= 0) return;  // padding of a captured batch
 
@@ -657,74 +677,95 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
   const int num_splits = max(1, (num_sealed - first_page + args.pages_per_split - 1) / args.pages_per_split);
   if (split >= num_splits) return;
   const int begin = first_page + split * args.pages_per_split, end = min(num_sealed, begin + args.pages_per_split);
-  const int* pages = args.page_table + (int64_t)sequence * args.max_pages;
   const int* open_slots = args.open_slots + (int64_t)sequence * args.max_runs;
   const int64_t row = ((int64_t)sequence * args.num_heads + head) * args.group + query_tile * kQueries;
   const uint16_t* q = args.q + row * D;
 
+  const auto record_of = [&](int64_t slot) {
+    return args.pool + slot * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
+  };
+#if __CUDA_ARCH__ >= 900
+  // Ask for the record in a slot to come to a stage.
+  const auto ask = [&](int stage, int64_t slot) {
+    const uint32_t barrier = shared_address(barriers + stage);
+    ring_expect(barrier, Page::record_bytes);
+    ring_copy(shared_address(ring + stage * Page::record_bytes), record_of(slot), Page::record_bytes, barrier);
+  };
+  if (!Page::raw && thread == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; i++) ring_init(shared_address(barriers + i)), readers[i] = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < kStages; i++) {
+      if (begin + i < end) ask(i, Options::window ? pages[begin + i] : first_slots[i]);
+      asked[i] = begin + i;
+    }
+  }
+#else
+  const auto fill = [&](int stage, int first) {  // all threads; a group is committed even where nothing is left
+    for (int i = 0; i < min(kPages, end - first); i++)
+      ring_copy_part(shared_address(ring + (stage * kPages + i) * Page::record_bytes), record_of(pages[first + i]),
+                     Page::record_bytes, thread, kThreads);
+    ring_commit();
+  };
+  if constexpr (!Page::raw)
+#pragma unroll
+    for (int i = 0; i < kStages; i++) fill(i, begin + i * kPages);
+#endif
+
+  // Exact tokens, while the first records are on their way.
   Sums sums;
   sums.clear();
+  ExactQueries exact_q;
+  load_queries(q, num_queries, g, j, exact_q);
+  if constexpr (Page::raw) add_runs(args, pages, head, 0, begin * S, end * S, first_token, exact_q, sums, warp, g, j);
+  if (split == num_splits - 1) {
+    add_runs(args, open_slots, head, num_sealed * S, num_sealed * S, length, first_token, exact_q, sums, warp, g, j);
+    if (Page::sink_tokens > 0 && num_sealed > 0 && first_token < Page::sink_tokens && warp == kWarps - 1) {
+      const uint8_t* record = record_of(pages[0]);
+      const int key = min(2 * g, Page::sink_tokens - 1), value = min(4 * j, Page::sink_tokens - 1);
+      add_exact(record + Keys::sinks + 2 * key * D, record + Values::sinks + 2 * value * D, exact_q, args, 0, first_token,
+                Page::sink_tokens, sums, g, j);
+    }
+  }
+
   if constexpr (!Page::raw) {
-    const auto record_of = [&](int page) {
-      return args.pool + pages[page] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
-    };
-    Queries queries;
+    open_to_codes(sums);
+    const Queries queries(exact_q, j);
     const int first_coded = max(first_token, Page::sink_tokens);
     const auto attend = [&](int page, int block, int place) {  // the record lies at a place of the ring
       const int token = page * S + block * kRows;
       attend_block(args, ring + place * Page::record_bytes, block, token, first_coded, queries, sums, g, j);
     };
 #if __CUDA_ARCH__ >= 900
-    const auto fill = [&](int stage, int first, int count) {  // one thread: pages [first, first + count), if any
-      count = min(count, end - first);
-      if (count <= 0) return;
-      const uint32_t barrier = shared_address(barriers + stage);
-      ring_expect(barrier, count * Page::record_bytes);
-      for (int i = 0; i < count; i++)
-        ring_copy(shared_address(ring + (stage * kPages + i) * Page::record_bytes), record_of(first + i),
-                  Page::record_bytes, barrier);
-    };
-    if (thread == 0) {
-#pragma unroll
-      for (int i = 0; i < kStages; i++) ring_init(shared_address(barriers + i));
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#pragma unroll
-      for (int i = 0; i < kStages; i++) fill(i, begin + i * kPages, kPages), asked[i] = begin + i;
-    }
-    __syncthreads();
-    queries.load(q, num_queries, g, j);
+    __syncthreads();  // the barriers are there
+    const auto next_slot = [&](int page) { return page + kStages < end ? pages[page + kStages] : -1; };
     if constexpr (kWarpsAlternate) {
       for (int page = begin + warp; page < end; page += kWarps) {
-        const int stage = (page - begin) % kStages;
+        const int stage = (page - begin) % kStages, next = next_slot(page);
         while (*(volatile int*)(asked + stage) != page) {}  // the other warp reads what was there before
         ring_wait(shared_address(barriers + stage), (page - begin) / kStages & 1);
         attend(page, 0, stage);
         __syncwarp();
         if (lane == 0) {
-          fill(stage, page + kStages, 1);
+          if (next >= 0) ask(stage, next);
           *(volatile int*)(asked + stage) = page + kStages;
         }
       }
     } else {
       for (int page = begin; page < end; page++) {
-        const int stage = (page - begin) % kStages;
+        const int stage = (page - begin) % kStages, next = next_slot(page);
         ring_wait(shared_address(barriers + stage), (page - begin) / kStages & 1);
 #pragma unroll 1
         for (int block = warp; block < kBlocks; block += kWarps) attend(page, block, stage);
-        __syncthreads();
-        if (thread == 0) fill(stage, page + kStages, 1);
+        __syncwarp();
+        if (lane == 0) {  // the last warp that has read it asks for the next
+          __threadfence_block();
+          if (atomicAdd(readers + stage, 1) % kWarps == kWarps - 1 && next >= 0) ask(stage, next);
+        }
       }
     }
 #else
-    const auto fill = [&](int stage, int first) {  // all threads; a group is committed even where nothing is left
-      for (int i = 0; i < min(kPages, end - first); i++)
-        ring_copy_part(shared_address(ring + (stage * kPages + i) * Page::record_bytes), record_of(first + i),
-                       Page::record_bytes, thread, kThreads);
-      ring_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < kStages; i++) fill(i, begin + i * kPages);
-    queries.load(q, num_queries, g, j);
     for (int step = 0; begin + step * kPages < end; step++) {
       const int stage = step % kStages;
       ring_wait_group<kStages - 1>();
@@ -741,26 +782,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, Options::min_ctas) decode
     settle_codes(sums);
   }
 
-  uint32_t exact_q[kParts][kWords][2];
-  load_exact_queries(q, num_queries, g, j, exact_q);
-  if constexpr (Page::raw) add_runs(args, pages, head, 0, begin * S, end * S, first_token, exact_q, sums, warp, g, j);
-  if (split == num_splits - 1) {
-    add_runs(args, open_slots, head, num_sealed * S, num_sealed * S, length, first_token, exact_q, sums, warp, g, j);
-    if (Page::sink_tokens > 0 && num_sealed > 0 && first_token < Page::sink_tokens && warp == kWarps - 1) {
-      const uint8_t* record = args.pool + pages[0] * args.slot_bytes + args.records_start + (int64_t)head * Page::record_bytes;
-      const int key = min(2 * g, Page::sink_tokens - 1), value = min(4 * j, Page::sink_tokens - 1);
-      add_exact(record + Keys::sinks + 2 * key * D, record + Values::sinks + 2 * value * D, exact_q, args, 0, first_token,
-                Page::sink_tokens, sums, g, j);
-    }
-  }
-
   float* shared = (float*)ring;
-  float* merged = shared + kWarps * kQueries * kMergeRow;
-  merge_warps(sums, shared, merged, warp, g, j, thread);
-  if (num_splits > 1) {
-    const int64_t tile = (int64_t)sequence * gridDim.x + blockIdx.x;
-    if (!merge_splits(args, row, tile, num_splits, split, merged, shared, num_queries, &flag, thread)) return;
+  __syncthreads();  // the ring is free
+  share_sums(sums, shared, num_queries, warp, g, j);
+  __syncthreads();
+  float* weights = args.partial + (int64_t)gridDim.z * args.num_heads * args.group * args.num_splits * D;
+  for (int query = warp; query < num_queries; query += kWarps) {
+    float out[kPer];
+    const float weight = merge_warps(shared, query, lane, out);
+    if (num_splits == 1) {
+      write_out(args, row + query, out, lane);
+      continue;
+    }
+    const int64_t at = (row + query) * args.num_splits + split;
+#pragma unroll
+    for (int i = 0; i < kPer; i++) args.partial[at * D + lane + 32 * i] = out[i];
+    if (lane == 0) weights[at] = weight;
   }
-  if constexpr (Values::rotate) rotate_back(merged, num_queries, thread);
-  write_out(args, row, merged, num_queries, thread);
+  if (num_splits == 1 || !is_last(args.arrived + (int64_t)sequence * gridDim.x + blockIdx.x, num_splits, &flag, thread)) return;
+  for (int query = warp; query < num_queries; query += kWarps) {
+    float out[kPer];
+    const int64_t at = (row + query) * args.num_splits;
+    merge_splits(args.partial + at * D, weights + at, num_splits, lane, out);
+    write_out(args, row + query, out, lane);
+  }
 }

@@ -13,7 +13,6 @@ from gear_compression.layout import Layout, PageLayout
 
 WARPS, QUERIES, ROWS = 2, 8, 64  # as decode.cu has them
 MAX_SPLITS = 64
-MIN_CTAS = 4  # an SM's worth of registers is cut into
 
 
 class _Args(ctypes.Structure):
@@ -43,7 +42,7 @@ class _Args(ctypes.Structure):
 
 def shared_bytes(layout: Layout, layer: int, capability: tuple[int, int]) -> int:
     """Dynamic shared memory of a CTA: the ring of records, and in the same place later the warps' results."""
-    merge = (WARPS + 1) * QUERIES * (layout.head_dim + 4) * 4
+    merge = WARPS * QUERIES * (layout.head_dim + 4) * 4
     if not isinstance(layout, PageLayout):
         return merge
     records = 2
@@ -52,13 +51,21 @@ def shared_bytes(layout: Layout, layer: int, capability: tuple[int, int]) -> int
     return max(records * layout.layers[layer].record_bytes, merge)
 
 
+def min_ctas(layout: Layout, layer: int) -> int:
+    """How many CTAs must find registers on a multiprocessor: five where a format's kernel is no slower for it."""
+    if not isinstance(layout, PageLayout) or layout.head_dim > 128:
+        return 4
+    keys, values = layout.layers[layer].keys, layout.layers[layer].values
+    return 4 if keys.outliers or values.outliers or keys.num_groups > 1 else 5
+
+
 @functools.cache
 def ctas_per_sm(layout: Layout, layer: int, device: torch.device) -> int:
     """How many CTAs share a multiprocessor, by registers and by shared memory."""
     card = torch.cuda.get_device_properties(device)
     capability = (card.major, card.minor)
     room = card.shared_memory_per_multiprocessor // (shared_bytes(layout, layer, capability) + 1280)
-    return max(1, min(MIN_CTAS, room))
+    return max(1, min(min_ctas(layout, layer), room))
 
 
 def choose_splits(num_tiles: int, num_pages: int, num_slots: int) -> tuple[int, int]:
@@ -81,8 +88,8 @@ def choose_splits(num_tiles: int, num_pages: int, num_slots: int) -> tuple[int, 
 
 @functools.cache
 def _kernel(layout: Layout, layer: int, window: bool, softcap: bool, float_out: bool) -> CudaKernel:
-    options = {"window": window, "softcap": softcap, "float_out": float_out, "min_ctas": MIN_CTAS}
-    assert WARPS * (layout.head_dim + 4) >= MAX_SPLITS  # the splits' weights lie where the warps' sums were
+    ctas = min_ctas(layout, layer)
+    options = {"window": window, "softcap": softcap, "float_out": float_out, "min_ctas": ctas}
     dynamic = shared_bytes(layout, layer, torch.cuda.get_device_capability())
     return cuda_kernel("decode.cu", "decode", header(layout, layer, options), dynamic)
 

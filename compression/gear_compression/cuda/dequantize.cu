@@ -62,7 +62,7 @@ DEVICE void dequantize_part(const Args& args, const uint8_t* record, int token_b
                             : bf16_at(record + Part::tokens_factor + 2 * (r * S + token_block * 64 + column));
       } else {
         const int byte = record[Part::channels_factor + (column / kColumns * (R / 2) + r / 2) * kColumns + column % kColumns];
-        factor[r] = ((byte >> (r % 2 * 4) & 15) - 7.f) * bf16_at(record + Part::factor_scale + 2 * r);
+        factor[r] = ((byte >> (r % 2 * 4) & 15) - (float)Format::factor_zero) * bf16_at(record + Part::factor_scale + 2 * r);
       }
     }
 #pragma unroll
@@ -82,7 +82,7 @@ DEVICE void dequantize_part(const Args& args, const uint8_t* record, int token_b
           other = IS_KEYS ? bf16_at(record + Part::tokens_factor + 2 * (token * R + r))
                           : bf16_at(record + Part::channels_factor + 2 * (r * D + channel));
         else
-          other = (record[Part::tokens_factor + token / 2 * R + r] >> (token % 2 * 4) & 15) - 7.f;
+          other = (record[Part::tokens_factor + token / 2 * R + r] >> (token % 2 * 4) & 15) - (float)Format::factor_zero;
         y += factor[r] * other;
       }
 #pragma unroll

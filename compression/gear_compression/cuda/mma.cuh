@@ -93,6 +93,16 @@ DEVICE void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// c [16, 8] += a [16, 8] b [8, 8] in tf32, which reads the upper 19 bits of a float. Lane 4 g + j holds: a0 row g, a1 row
+// g + 8, both at column j; a2, a3 the same rows at column j + 4; b0 row j and b1 row j + 4 of column g; c as above.
+DEVICE void mma_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+DEVICE float tf32_of(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }  // what the product reads
+
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // One stage of a ring in shared memory that whole records stream through. On Hopper and later a single thread asks the

@@ -1,12 +1,6 @@
 // Where the exact tokens of a page lie: in runs of the pool, and behind them in the rows that the step computes.
 #pragma once
-#include "layout.cuh"
-#include "mma.cuh"
-
-constexpr int D = Page::head_dim;
-constexpr int S = Page::page_size;
-constexpr int kColumns = D % 64 == 0 ? 64 : 32;  // channels of a tile block
-constexpr int64_t kRunBytes = 2 * Page::run_tokens * D;  // of one head's keys
+#include "page.cuh"
 
 struct PageList {
   const int* slots;      // [P] of the sealed pages; negative: nothing to do

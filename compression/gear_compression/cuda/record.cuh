@@ -1,11 +1,7 @@
 // Reading a sealed record in tensor-core fragments. `Keys` and `Values` hold the byte offsets of PartLayout, generated
 // from the page layout that this file is compiled for; reference/tiles.py says in which order the codes lie.
 #pragma once
-#include "layout.cuh"
-#include "mma.cuh"
-
-constexpr int D = Page::head_dim;
-constexpr int S = Page::page_size;
+#include "page.cuh"
 
 // A strip is what one lane reads of a block: 64 rows (8 of them its own) by 4 neighbouring columns, BITS words.
 // Tile i are the rows 16 i + 2 g (low) and 16 i + 2 g + 1 (high); each code becomes an fp16 subnormal, exact in the

@@ -5,7 +5,7 @@
 // give the same bytes.
 #include "pages.cuh"
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 256;
 constexpr int kStride = D + 2;  // of a token in shared memory: rows and columns are both read without bank conflicts
 constexpr float kTiny = 1e-30f;
 
@@ -16,7 +16,7 @@ struct Args {
   int64_t runs_start, runs_stride;
   const uint16_t* keys;    // [T, H, D] bf16: rows of the step
   const uint16_t* values;  // the same
-  const float* key_start;    // [R, S]: where the subspace iteration begins
+  const float* key_start;    // [S, R], orthonormal: where the subspace iteration begins
   const float* value_start;
   PageList pages;
 };
@@ -45,7 +45,10 @@ struct Sealing {
   static constexpr int V = Part::num_vectors, N = Part::vector_len, R = Part::rank, G = Part::num_groups;
   static constexpr int kRank = R > 0 ? R : 1;
   static constexpr int O = Part::outliers;
+  static constexpr bool kGaussian = Part::symmetric && Part::bits <= 3;  // its step may be the best one for a Gaussian
   static constexpr float kLevels = (1 << Part::bits) - 1;
+  static constexpr int kParts = kThreads / V;  // threads that share a vector; what is left over of them does nothing
+  static_assert(kParts > 0 && V % 32 == 0 && Part::group_size % kParts == 0);
   // The factors are fitted to the matrix itself, or to one of float32 beside it: what its codes miss, without outliers.
   static constexpr bool kTargetApart = R > 0 && (!Part::low_rank_first || O > 0);
   static constexpr int kTargetStride = D + 1;
@@ -57,6 +60,7 @@ struct Sealing {
   float* zero;     // [G, V], first the smallest
   float* inverse;  // [G, V] of scale
   float* apart;    // [S, kTargetStride]
+  float* partial;  // [4, kThreads / V, G, V]: what threads that share a vector have found
   uint8_t* index;  // [V, O]: outliers
   float* scratch;  // [32]
   uint8_t* record;
@@ -69,7 +73,8 @@ struct Sealing {
     zero = scale + G * V;
     inverse = zero + G * V;
     apart = inverse + G * V;
-    scratch = apart + (kTargetApart ? S * kTargetStride : 0);
+    partial = apart + (kTargetApart ? S * kTargetStride : 0);
+    scratch = partial + 4 * kThreads * G;
     x = (uint16_t*)(scratch + 32);
     index = (uint8_t*)(x + S * kStride);
   }
@@ -124,15 +129,18 @@ struct Sealing {
   DEVICE float target(int token, int channel) const {
     return kTargetApart ? apart[token * kTargetStride + channel] : exact(token, channel);
   }
-  DEVICE void set_target_apart() {  // nothing at sinks and outliers
+  DEVICE float set_target_apart() {  // nothing at sinks and outliers; the largest entry that this thread has seen
+    float largest = 0.f;
+#pragma unroll 4
     for (int at = threadIdx.x; at < S * D; at += kThreads) {
       const int token = at / D, channel = at % D, v = IS_KEYS ? channel : token, i = IS_KEYS ? token : channel;
       float y = exact(token, channel);
       if (!Part::low_rank_first) y -= dequantized(code_of(y, v, i), v, i);
       if (token < num_sinks || (O > 0 && is_outlier(v, i))) y = 0.f;
       apart[token * kTargetStride + channel] = y;
+      largest = fmaxf(largest, fabsf(y));
     }
-    __syncthreads();
+    return largest;
   }
 
   DEVICE void select_outliers() {  // o / 2 smallest, then o / 2 largest; of equals the earlier counts as smaller
@@ -153,39 +161,43 @@ struct Sealing {
     __syncthreads();
   }
 
-  // Columns of a [S, R] made orthogonal and of length 1, by the first warp; twice is enough.
-  DEVICE void orthonormalize() {
-    constexpr int kPer = (S + 31) / 32;
+  // Columns of a [S, R] made orthogonal and of length 1 (0 if nothing is left), by the first warp. Each column in its turn
+  // is taken out of all behind it, whose products with it are summed at once. A second pass removes what rounding left of
+  // nearly dependent columns.
+  DEVICE void orthonormalize(int passes) {
+    constexpr int kTokens = (S + 31) / 32;  // of a lane
     if (threadIdx.x < 32) {
       const int lane = threadIdx.x;
-      float column[kRank][kPer];
+      float column[kRank][kTokens];
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int k = 0; k < kPer; k++) column[r][k] = lane + 32 * k < S ? a[(lane + 32 * k) * R + r] : 0.f;
+        for (int k = 0; k < kTokens; k++) column[r][k] = a[(lane + 32 * k) * R + r];
+#pragma unroll 1
+      for (int pass = 0; pass < passes; pass++) {
+        float taken[kRank] = {};  // of each column's squared length
 #pragma unroll
-      for (int r = 0; r < R; r++) {
-        const float size = sqrtf(dot(column[r], column[r]));
+        for (int r = 0; r < R; r++) {
+          float product[kRank];
 #pragma unroll
-        for (int pass = 0; pass < 2; pass++) {
-          float overlap[kRank];
+          for (int e = r; e < R; e++) product[e] = dot(column[r], column[e]);
+          const float left = product[r];
+          const float unit = left <= 1e-10f * (taken[r] + left) ? 0.f : rsqrtf(fmaxf(left, kTiny));
 #pragma unroll
-          for (int e = 0; e < r; e++) overlap[e] = dot(column[e], column[r]);
+          for (int e = r + 1; e < R; e++) {
+            const float times = product[e] * unit * unit;
+            taken[e] += product[e] * times;
 #pragma unroll
-          for (int e = 0; e < r; e++)
+            for (int k = 0; k < kTokens; k++) column[e][k] -= times * column[r][k];
+          }
 #pragma unroll
-            for (int k = 0; k < kPer; k++) column[r][k] -= overlap[e] * column[e][k];
+          for (int k = 0; k < kTokens; k++) column[r][k] *= unit;
         }
-        const float left = sqrtf(dot(column[r], column[r]));
-        const float times = left <= 1e-5f * size ? 0.f : 1.f / fmaxf(left, kTiny);
-#pragma unroll
-        for (int k = 0; k < kPer; k++) column[r][k] *= times;
       }
 #pragma unroll
       for (int r = 0; r < R; r++)
 #pragma unroll
-        for (int k = 0; k < kPer; k++)
-          if (lane + 32 * k < S) a[(lane + 32 * k) * R + r] = column[r][k];
+        for (int k = 0; k < kTokens; k++) a[(lane + 32 * k) * R + r] = column[r][k];
     }
     __syncthreads();
   }
@@ -199,57 +211,71 @@ struct Sealing {
     return sum;
   }
 
-  DEVICE void project(float times) {  // b = times * targetᵀ a
-    for (int channel = threadIdx.x; channel < D; channel += kThreads) {
-      float sum[kRank] = {};
+  // Two neighbouring channels of the target.
+  DEVICE float2 target_pair(int token, int channel) const {
+    if constexpr (kTargetApart) return make_float2(target(token, channel), target(token, channel + 1));
+    const uint32_t y = *(const uint32_t*)(x + token * kStride + channel);
+    return make_float2(low_bf16(y), high_bf16(y));
+  }
+
+  // out = times * target in, a row for each token; or turned, times * targetᵀ in, a row for each channel. A warp takes 16
+  // rows; what tf32 does not hold of a factor, or of a target that is no bf16, is a product of its own. The order of rows
+  // and of entries is such that lanes read different banks.
+  template <bool TURNED>
+  DEVICE void multiply(const float* in, float* out, float times) {
+    constexpr int kTiles = (TURNED ? D : S) / 16, kLen = TURNED ? S : D, kRankTiles = (kRank + 7) / 8;
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+#pragma unroll 1
+    for (int tile = threadIdx.x / 32; tile < kTiles; tile += kThreads / 32) {
+      float sum[kRankTiles][4] = {}, rest[kRankTiles][4] = {};
+      const int row = TURNED ? 16 * tile + 2 * g : tile / 2 * 32 + 4 * g + tile % 2 * 2;  // and the one behind it
 #pragma unroll 4
-      for (int token = 0; token < S; token++) {
-        const float y = target(token, channel);
-        float row[kRank];
-        load_factors(a + token * R, row);
+      for (int k = 0; k < kLen; k += 8) {
+        const int entry = TURNED ? k / 32 * 32 + 8 * j + k % 32 / 4 : k + 2 * j;  // likewise
+        const float2 one = TURNED ? target_pair(entry, row) : target_pair(row, entry);
+        const float2 two = TURNED ? target_pair(entry + 1, row) : target_pair(row + 1, entry);
+        const float y[4] = {one.x, TURNED ? one.y : two.x, TURNED ? two.x : one.y, two.y};
 #pragma unroll
-        for (int r = 0; r < R; r++) sum[r] += y * row[r];
+        for (int n = 0; n < kRankTiles; n++) {
+          const bool there = R % 8 == 0 || 8 * n + g < R;
+          const float factor[2] = {there ? in[entry * R + 8 * n + g] : 0.f, there ? in[(entry + 1) * R + 8 * n + g] : 0.f};
+          const float less[2] = {factor[0] - tf32_of(factor[0]), factor[1] - tf32_of(factor[1])};
+          mma_tf32(sum[n], y, factor);
+          mma_tf32(rest[n], y, less);
+          if constexpr (kTargetApart) {
+            const float z[4] = {y[0] - tf32_of(y[0]), y[1] - tf32_of(y[1]), y[2] - tf32_of(y[2]), y[3] - tf32_of(y[3])};
+            mma_tf32(rest[n], z, factor);
+          }
+        }
       }
 #pragma unroll
-      for (int r = 0; r < R; r++) b[channel * R + r] = sum[r] * times;
+      for (int n = 0; n < kRankTiles; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+          if (8 * n + 2 * j + c % 2 < R) out[(row + c / 2) * R + 8 * n + 2 * j + c % 2] = (sum[n][c] + rest[n][c]) * times;
     }
     __syncthreads();
   }
 
-  // a bᵀ ≈ target by subspace iteration from a fixed start; a orthonormal.
-  DEVICE void fit(const float* start) {
-    if constexpr (kTargetApart) set_target_apart();
-    float largest = kTiny;
-    for (int at = threadIdx.x; at < S * D; at += kThreads) largest = fmaxf(largest, fabsf(target(at / D, at % D)));
-    largest = block_max(largest, scratch);
-    const float times = 1.f / largest;
-    for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] = start[at % R * S + at / R];
+  // a bᵀ ≈ target by subspace iteration from a fixed start; a orthonormal. largest: entry that this thread has seen of x.
+  DEVICE void fit(const float* start, float largest) {
+    if constexpr (kTargetApart) largest = set_target_apart();
+    const float times = 1.f / block_max(fmaxf(largest, kTiny), scratch);
+    for (int at = threadIdx.x; at < S * R; at += kThreads) a[at] = start[at];
     __syncthreads();
 #pragma unroll 1
     for (int round = 0;; round++) {
-      orthonormalize();
+      multiply<true>(a, b, round < Options::rounds ? times : 1.f);
       if (round == Options::rounds) break;
-      project(times);
-      for (int token = threadIdx.x; token < S; token += kThreads) {
-        float sum[kRank] = {};
-#pragma unroll 4
-        for (int channel = 0; channel < D; channel++) {
-          const float y = target(token, channel);
-          float row[kRank];
-          load_factors(b + channel * R, row);
-#pragma unroll
-          for (int r = 0; r < R; r++) sum[r] += y * row[r];
-        }
-#pragma unroll
-        for (int r = 0; r < R; r++) a[token * R + r] = sum[r] * times;
-      }
-      __syncthreads();
+      multiply<false>(b, a, times);
+      orthonormalize(round == Options::rounds - 1 ? 2 : 1);  // before, a need only stay well-conditioned
     }
-    project(1.f);
   }
 
   // The scale at which an entry is half a step off at most.
-  DEVICE static float fine_enough(float y) { return fmaxf(y / -7.5f, y / 8.5f); }
+  DEVICE static float fine_enough(float y) {
+    return fmaxf(y / (-Format::factor_zero - 0.5f), y / (15.5f - Format::factor_zero));
+  }
 
   DEVICE void store_factors() {
     if constexpr (Part::factor_bits == 16) {
@@ -264,7 +290,7 @@ struct Sealing {
         ((uint16_t*)(record + Part::channels_factor))[at % R * D + at / R] = y;
       }
     } else {  // codes 0 … 15 that mean -7 … 8, one scale a column
-      constexpr float kZero = 7.f;
+      constexpr float kZero = Format::factor_zero;
       for (int r = threadIdx.x / 32; r < R; r += kThreads / 32) {
         const int lane = threadIdx.x % 32;
         float a_scale = kTiny, b_scale = kTiny;
@@ -306,30 +332,46 @@ struct Sealing {
   // The step of symmetric codes: the whole range, or where that is wider the best one for a Gaussian (reference/codes.py).
   DEVICE static float symmetric_step(float most, float mean_square) {
     const float whole_range = most * (2.f / kLevels);
-    if (Part::bits > 3) return whole_range;
-    return fminf(whole_range, sqrtf(mean_square) * (Part::bits == 2 ? 0.9957f : 0.5860f));
+    if (!kGaussian) return whole_range;
+    return fminf(whole_range, sqrtf(mean_square) * (Part::bits == 2 ? Format::gaussian_step_2 : Format::gaussian_step_3));
   }
 
   // Ranges of what is kept, rounded to stored zeros and scales: zeros down, scales up.
   DEVICE void store_scales() {
-    for (int v = threadIdx.x; v < V; v += kThreads) {
+    constexpr int kShare = Part::group_size / kParts, kCount = kParts * G * V;
+    static_assert(Part::group_size % kParts == 0);
+    const int v = threadIdx.x % V, part = threadIdx.x / V;
+    if (part < kParts) {
       float own[kRank];
       own_factors(v, own);
+#pragma unroll 1
       for (int group = 0; group < G; group++) {
-        float low = 0.f, high = 0.f, squares = 0.f;
-        int count = 0;
-        for (int i = group * Part::group_size; i < (group + 1) * Part::group_size; i++) {
+        float low = -kMinusInfinity, high = kMinusInfinity, squares = 0.f, count = 0.f;  // the last two for a Gaussian's step
+        const int first = group * Part::group_size + part * kShare;
+#pragma unroll 4
+        for (int i = first; i < first + kShare; i++) {
           if (token_of(v, i) < num_sinks || (O > 0 && is_outlier(v, i))) continue;
           const float y = rest(v, i, own);
-          low = count ? fminf(low, y) : y;
-          high = count ? fmaxf(high, y) : y;
-          squares += y * y;
-          count++;
+          low = fminf(low, y), high = fmaxf(high, y);
+          if (kGaussian) squares += y * y, count += 1.f;
         }
-        zero[group * V + v] = low;
-        scale[group * V + v] =
-            Part::symmetric ? symmetric_step(fmaxf(high, -low), squares / max(count, 1)) : high;
+        float* to = partial + (part * G + group) * V + v;
+        to[0] = low, to[kCount] = high;
+        if (kGaussian) to[2 * kCount] = squares, to[3 * kCount] = count;
       }
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < G * V; at += kThreads) {
+      float low = -kMinusInfinity, high = kMinusInfinity, squares = 0.f, count = 0.f;
+#pragma unroll
+      for (int part = 0; part < kParts; part++) {
+        const float* from = partial + part * G * V + at;
+        low = fminf(low, from[0]), high = fmaxf(high, from[kCount]);
+        if (kGaussian) squares += from[2 * kCount], count += from[3 * kCount];
+      }
+      if (low > high) low = high = 0.f;  // nothing is kept here
+      zero[at] = low;
+      scale[at] = Part::symmetric ? symmetric_step(fmaxf(high, -low), squares / fmaxf(count, 1.f)) : high;
     }
     __syncthreads();
     float most = 0.f;
@@ -375,25 +417,27 @@ struct Sealing {
     __syncthreads();
   }
 
-  DEVICE void store_codes() {  // a thread takes a vector: for keys a column of tiles, for values a column too
+  DEVICE void store_codes() {  // a vector is a column of tiles, of keys and of values alike
     constexpr int kRows = IS_KEYS ? 64 : kColumns, kCodes = kRows / 8;
     constexpr int kAcross = IS_KEYS ? kColumns : 64;  // columns of a block
-    for (int v = threadIdx.x; v < V; v += kThreads) {
+    const int v = threadIdx.x % V, part = threadIdx.x / V;
+    if (part < kParts) {
+      const int column = IS_KEYS ? v % kColumns : turned(v % 64);
       float own[kRank];
       own_factors(v, own);
-      for (int block = 0; block < N / kRows; block++)
-        for (int g = 0; g < 8; g++) {
-          int codes[kCodes];
+#pragma unroll 1
+      for (int lane = part; lane < N / kCodes; lane += kParts) {  // 8 lanes g a block
+        const int block = lane / 8, g = lane % 8;
+        int codes[kCodes];
 #pragma unroll
-          for (int u = 0; u < kCodes; u++) {
-            const int i = block * kRows + tile_row(u, g);
-            codes[u] = code_of(rest(v, i, own), v, i);
-          }
-          const int token_block = IS_KEYS ? block : v / 64, channel_block = IS_KEYS ? v / kColumns : block;
-          const int column = IS_KEYS ? v % kColumns : turned(v % 64);
-          each_code_byte<Part::bits, kRows>(codes, token_block * (D / kColumns) + channel_block, kAcross, g, column,
-                                            [&](int at, int byte, int, int, int) { record[Part::codes + at] = byte; });
+        for (int u = 0; u < kCodes; u++) {
+          const int i = block * kRows + tile_row(u, g);
+          codes[u] = code_of(rest(v, i, own), v, i);
         }
+        const int token_block = IS_KEYS ? block : v / 64, channel_block = IS_KEYS ? v / kColumns : block;
+        each_code_byte<Part::bits, kRows>(codes, token_block * (D / kColumns) + channel_block, kAcross, g, column,
+                                          [&](int at, int byte, int, int, int) { record[Part::codes + at] = byte; });
+      }
     }
   }
 
@@ -410,12 +454,12 @@ struct Sealing {
     }
   }
 
-  DEVICE void run(const float* start) {
+  DEVICE void run(const float* start, float largest) {
     if constexpr (O > 0) select_outliers();
-    if constexpr (R > 0 && Part::low_rank_first) fit(start), store_factors();
+    if constexpr (R > 0 && Part::low_rank_first) fit(start, largest), store_factors();
     store_scales();
     store_codes();
-    if constexpr (R > 0 && !Part::low_rank_first) fit(start), store_factors();
+    if constexpr (R > 0 && !Part::low_rank_first) fit(start, largest), store_factors();
     if constexpr (O > 0) store_outliers();
   }
 };
@@ -429,6 +473,7 @@ DEVICE void seal_part(const Args& args, uint8_t* shared, int page, int layer, in
   Sealing<Part, IS_KEYS> sealing(shared, record, num_sinks);
   const int64_t runs_start = args.runs_start + layer * args.runs_stride;
   const uint16_t* rows = IS_KEYS ? args.keys : args.values;
+  uint32_t largest = 0;  // without its sign, as a bf16
 #pragma unroll 4
   for (int at = threadIdx.x; at < S * (D / 8); at += kThreads) {
     const int token = at / (D / 8), eighth = at % (D / 8);
@@ -441,13 +486,15 @@ DEVICE void seal_part(const Args& args, uint8_t* shared, int page, int layer, in
     if (token < num_sinks) y = nothing;  // exact elsewhere: they must not weigh in the statistics
     uint32_t* to = (uint32_t*)(sealing.x + token * kStride + 8 * eighth);
     to[0] = y.x, to[1] = y.y, to[2] = y.z, to[3] = y.w;
+#pragma unroll
+    for (int i = 0; i < 4; i++) largest = max(largest, max(to[i] & 0x7fff, to[i] >> 16 & 0x7fff));
   }
   __syncthreads();
-  sealing.run(IS_KEYS ? args.key_start : args.value_start);
+  sealing.run(IS_KEYS ? args.key_start : args.value_start, low_bf16(largest));
 }
 
 // Grid (pages, layers, 2 * heads).
-extern "C" __global__ void __launch_bounds__(kThreads) seal(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(kThreads, 2) seal(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int page = blockIdx.x, layer = blockIdx.y, head = blockIdx.z / 2;
   if (args.pages.slots[page] < 0) return;

@@ -9,9 +9,9 @@ from torch import Tensor
 from gear_compression.cuda.compiler import CudaKernel, cuda_kernel, header
 from gear_compression.cuda.layouts import layout_of
 from gear_compression.layout import PageLayout
-from gear_compression.reference.low_rank import NUM_ROUNDS, start_matrix
+from gear_compression.reference.low_rank import NUM_ROUNDS, orthonormalize, start_matrix
 
-THREADS = 128
+THREADS = 256
 OPTIONS = {"rounds": NUM_ROUNDS}  # of the subspace iteration
 
 
@@ -49,7 +49,8 @@ def _shared_bytes(layout: PageLayout, layer: int) -> int:
     sizes = []
     for part in (layout.layers[layer].keys, layout.layers[layer].values):
         target_apart = part.rank > 0 and (not part.low_rank_first or part.outliers > 0)
-        floats = part.rank * (S + D) + 3 * part.num_groups * part.num_vectors + target_apart * S * (D + 1) + 32
+        floats = part.rank * (S + D) + 3 * part.num_groups * part.num_vectors + target_apart * S * (D + 1)
+        floats += 4 * THREADS * part.num_groups + 32
         sizes.append(4 * floats + 2 * S * (D + 2) + part.num_vectors * part.outliers)
     return -(-max(sizes) // 16) * 16
 
@@ -61,8 +62,9 @@ def _kernel(layout: PageLayout, layer: int) -> CudaKernel:
 
 @functools.cache
 def _start(page_size: int, rank: int, device: torch.device) -> Tensor:
-    """[R, S] float32 on the device."""
-    return start_matrix(page_size, rank).T.contiguous().to(device)
+    """[S, R] float32 on the device, orthonormal."""
+    start = start_matrix(page_size, rank)
+    return (orthonormalize(start) if rank else start).to(device)
 
 
 def _runs_of_equal_layers(layout: PageLayout, first: int, count: int) -> list[tuple[int, int]]:
