@@ -10,10 +10,23 @@ import sys
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
-from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
+from gear_engine.grammar import Grammars
+from gear_engine.logprobs import token_logprobs, unpack
+from gear_engine.protocol import (
+    AddRequest,
+    EngineStats,
+    PageError,
+    RequestError,
+    RequestOutput,
+    StepReport,
+    TokenLogprobs,
+    validate,
+)
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow, reads_history
 from gear_engine.scheduler import Scheduler
@@ -31,11 +44,11 @@ class Limits:
 
 
 class Numbers:
-    """Integers of the device on their way to the host, in one copy."""
+    """Numbers of the device on their way to the host, in one copy: integers unless `dtype` says otherwise."""
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, *tensors: Tensor, dtype: torch.dtype = torch.long) -> None:
         self._sizes = [len(tensor) for tensor in tensors]
-        packed = torch.cat([tensor.long() for tensor in tensors])
+        packed = torch.cat([tensor.to(dtype) for tensor in tensors])
         self._arrived: torch.cuda.Event | None = None
         if packed.is_cuda:
             self._values = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -53,12 +66,29 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
+class _Told:
+    """Log-probabilities that were asked for: of drawn tokens, then of prompt tokens."""
+
+    drawn: list[Sequence]
+    scored: list[tuple[Sequence, int]]  # and the position whose logits they are of
+    numbers: Numbers  # packed as `token_logprobs` does, row after row
+
+    def wait(self) -> list[TokenLogprobs]:
+        """One for each of `drawn` and of `scored`."""
+        num_top = [s.params.logprobs or 0 for s in self.drawn] + [s.params.prompt_logprobs or 0 for s, _ in self.scored]
+        values = [value for part in self.numbers.wait() for value in part]
+        width = len(values) // len(num_top)
+        return unpack([values[start : start + width] for start in range(0, len(values), width)], num_top)
+
+
+@dataclass(frozen=True, slots=True)
 class _Part:
     """What ran at once of a batch: all of it, unless memory did not suffice."""
 
     scheduled: list[Scheduled]
     result: RunResult
     numbers: Numbers  # poisoned, drawn
+    told: "_Told | None"  # None: nobody asked for log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +111,15 @@ def sampling_row(sequence: Sequence) -> SamplingRow:
 class Engine:
     """Owns the scheduler, the runner and the sampler; a request is known to it by its id."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars` a request may ask for none."""
         self.scheduler = scheduler
         self.runner = runner
         self.sampler = sampler
         self.limits = limits
+        self.grammars = grammars
         self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
         self._num_arrivals = 0
         self._seeds = random.Random()
@@ -104,6 +138,7 @@ class Engine:
         )
         if self.scheduler.has(request.request_id):
             raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
+        matcher = self._matcher(request.params.grammar)
         self._num_arrivals += 1
         seed = request.params.seed
         self.scheduler.add(
@@ -116,8 +151,16 @@ class Engine:
                 order=(request.priority, self._num_arrivals),
                 arrival_s=time.monotonic(),
                 cache_salt=request.cache_salt,
+                matcher=matcher,
             )
         )
+
+    def _matcher(self, grammar: str) -> LLMatcher | None:
+        if not grammar:
+            return None
+        if self.grammars is None:
+            raise RequestError("this engine follows no grammars", "structured_outputs")
+        return self.grammars.matcher(grammar)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any phase; None if there is none of that id (it may just have ended)."""
@@ -168,19 +211,53 @@ class Engine:
         drawn_by: list[Sequence] = []
         for scheduled, result in self._run(batch.scheduled, failed):
             sampling = [item.sequence for item in scheduled if item.samples]
-            tokens = self.sampler.draw(result.logits, [sampling_row(sequence) for sequence in sampling])
+            rows = [sampling_row(sequence) for sequence in sampling]
+            self._restrict(sampling, rows)
+            tokens = self.sampler.draw(result.logits, rows)
             drawn_by += sampling
-            parts.append((scheduled, result, tokens))
-        self.runner.keep_drawn(drawn_by, [tokens for *_, tokens in parts])
+            parts.append((scheduled, result, tokens, self._told(scheduled, result, tokens)))
+        self.runner.keep_drawn(drawn_by, [tokens for _, _, tokens, _ in parts])
         return _Launched(
             batch,
             failed,
-            [_Part(scheduled, result, Numbers(result.poisoned, tokens)) for scheduled, result, tokens in parts],
+            [
+                _Part(scheduled, result, Numbers(result.poisoned, tokens), told)
+                for scheduled, result, tokens, told in parts
+            ],
         )
+
+    def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
+        """Tell the rows of sequences that follow a grammar what it allows next."""
+        bound = [(row, s.matcher) for row, s in zip(rows, sampling, strict=True) if s.matcher is not None]
+        if bound and self.grammars is not None:
+            for (row, _), allowed in zip(bound, self.grammars.allowed([matcher for _, matcher in bound]), strict=True):
+                row.allowed = allowed
+
+    def _told(self, scheduled: list[Scheduled], result: RunResult, tokens: Tensor) -> "_Told | None":
+        """Have the log-probabilities that were asked for computed and sent."""
+        sampling = [item.sequence for item in scheduled if item.samples]
+        asked = [i for i, s in enumerate(sampling) if s.params.logprobs is not None]
+        scored = [(item.sequence, position) for item in scheduled for position in item.scored]
+        if not asked and not scored:
+            return None
+        num_top = [sampling[i].params.logprobs or 0 for i in asked] + [s.params.prompt_logprobs or 0 for s, _ in scored]
+        packed = []
+        if asked:
+            index = torch.tensor(asked, device=tokens.device)
+            packed.append(self._packed(result.logits[index], tokens[index], max(num_top)))
+        if scored:
+            assert result.prompt_logits is not None
+            following = torch.tensor([s.token_ids[position + 1] for s, position in scored], device=tokens.device)
+            packed.append(self._packed(result.prompt_logits, following, max(num_top)))
+        return _Told([sampling[i] for i in asked], scored, Numbers(*packed, dtype=torch.float64))
+
+    def _packed(self, logits: Tensor, tokens: Tensor, num_top: int) -> Tensor:
+        return token_logprobs(logits[:, : self.limits.vocab_size], tokens, num_top).flatten()
 
     def _commit(self, launched: "_Launched", page_errors: list[PageError]) -> list[RequestOutput]:
         """Wait for what a batch drew, and tell the scheduler."""
         tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
         failed = launched.failed
         for part in launched.parts:
             poisoned, drawn = part.numbers.wait()
@@ -191,10 +268,15 @@ class Engine:
             for sequence, token in zip(sampling, drawn, strict=True):
                 if token < 0:
                     failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
+                elif sequence.matcher is not None and not sequence.matcher.consume_token(token):
+                    failed[sequence.request_id] = f"the grammar cannot go on: {sequence.matcher.get_error()}"
                 else:
                     tokens[sequence.request_id] = token
+            if part.told:
+                logprobs |= _note(part.told)
             page_errors += part.result.page_errors
-        return self.scheduler.commit(launched.batch, tokens, failed)
+        outputs = self.scheduler.commit(launched.batch, tokens, failed)
+        return _with_logprobs(outputs, launched.batch.scheduled, logprobs)
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
@@ -216,6 +298,38 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())
+
+
+def _note(told: _Told) -> dict[str, TokenLogprobs]:
+    """Of drawn tokens by request id; those of prompts are kept until the first token is sent."""
+    rows = told.wait()
+    num_drawn = len(told.drawn)
+    for (sequence, position), row in zip(told.scored, rows[num_drawn:], strict=True):
+        if position == len(sequence.prompt_logprobs):  # else it was computed a second time meanwhile
+            sequence.prompt_logprobs.append(row)
+    return {sequence.request_id: row for sequence, row in zip(told.drawn, rows[:num_drawn], strict=True)}
+
+
+def _with_logprobs(
+    outputs: list[RequestOutput], scheduled: list[Scheduled], logprobs: dict[str, TokenLogprobs]
+) -> list[RequestOutput]:
+    """The outputs, with what requests asked to be told: of the prompt once, with the first token."""
+    first = {
+        item.sequence.request_id: item.sequence.prompt_logprobs
+        for item in scheduled
+        if item.sequence.params.prompt_logprobs is not None
+        and len(item.sequence.token_ids) == item.sequence.num_prompt + 1
+    }
+    if not logprobs and not first:
+        return outputs
+    return [
+        msgspec.structs.replace(
+            output,
+            logprobs=[logprobs[output.request_id]] if output.token_ids and output.request_id in logprobs else None,
+            prompt_logprobs=first.get(output.request_id) if output.token_ids else None,
+        )
+        for output in outputs
+    ]
 
 
 def peak_memory_bytes() -> int:

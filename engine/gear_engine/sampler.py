@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gear_engine.grammar import stacked, unpacked
 from gear_engine.protocol import SamplingParams
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: dividing by it would overflow
@@ -32,10 +33,11 @@ class SamplingRow:
     position: int  # index of the output token: 0 for the first
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+    allowed: Tensor | None = None  # [W] int32 on the host: a bit for each token that a grammar allows next
 
 
 class Sampler:
-    """Parameters mean and follow what they do in vLLM: bias, penalties, temperature, min_p, top_k, top_p."""
+    """Parameters mean and follow what they do in vLLM: grammar, bias, penalties, temperature, min_p, top_k, top_p."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
@@ -52,9 +54,11 @@ class Sampler:
         """
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
-        logits = _adjusted(logits, rows, self.eos_token_ids)
+        raw, logits = logits, _adjusted(logits, rows, self.eos_token_ids)
         best, tokens = logits.max(dim=-1)  # a tie goes to the lowest index
         healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
+        if any(row.allowed is not None for row in rows):
+            healthy &= raw.amax(dim=-1).isfinite()  # what a grammar forbids must not hide what is wrong
         drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if drawn:
             at_once = max(1, MAX_DRAWN // logits.shape[1])
@@ -66,7 +70,8 @@ class Sampler:
 
 def reads_history(params: SamplingParams) -> bool:
     """Whether the next token depends on those before it otherwise than through the model."""
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    return penalised or bool(params.grammar)
 
 
 @dataclass(slots=True)
@@ -92,10 +97,11 @@ class _Entries:
 
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
-    """A float32 copy with biases, min_tokens and penalties worked in; the logits themselves where no row asks for any.
+    """A float32 copy with grammars, biases, min_tokens and penalties worked in; the logits themselves if nobody asks.
 
-    A poisoned logit stays one: NaN and +inf come out of every line below as NaN or +inf.
+    A poisoned logit stays one, unless a grammar forbids it: NaN and +inf come out of the other lines as NaN or +inf.
     """
+    allowed = stacked([row.allowed for row in rows], logits.shape[1])
     biases, seen, penalties = _Entries(), _Entries(), _Entries()
     for i, row in enumerate(rows):
         p = row.params
@@ -109,9 +115,11 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
         if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
             counts = Counter(row.output_token_ids)
             penalties.add(i, counts.keys(), [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()])
-    if not (biases.rows or seen.rows or penalties.rows):
+    if allowed is None and not (biases.rows or seen.rows or penalties.rows):
         return logits
     logits = logits.to(torch.float32, copy=True)
+    if allowed is not None:
+        logits.masked_fill_(~unpacked(allowed.to(logits.device), logits.shape[1]), -math.inf)
     biases.added_to(logits)
     where = seen.where(logits)
     factor = torch.tensor(seen.values, dtype=logits.dtype, device=logits.device)

@@ -82,7 +82,7 @@ class Scheduler:
                 if sequence.num_pending and sequence.num_output >= sequence.params.max_tokens:
                     continue  # its last token is being drawn
                 if (sequence.num_to_compute == 1) == decoding and budget and sequence in self.running:
-                    item = self._take(sequence, min(sequence.num_to_compute, budget), scheduled)
+                    item = self._take(sequence, self._num_next(sequence, budget), scheduled)
                     if item is not None:
                         scheduled.append(item)
         if len(self.waiting) == num_waiting:  # else a sequence lost its slots, and is not to take others' at once
@@ -112,12 +112,13 @@ class Scheduler:
             budget -= item.num_new
 
     def _find(self, sequence: Sequence) -> list[Page]:
-        """The longest prefix of it in the pool, without its last token: that one has the next one's logits."""
+        """The longest prefix of it in the pool, without tokens whose logits are wanted: the last, for one."""
         return self.cache.find(sequence.cache_salt, self._reusable(sequence))
 
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         page_size = self.layout.page_size
-        return sequence.page_tokens(page_size)[: (len(sequence.token_ids) - 1) // page_size]
+        last = len(sequence.prompt_logprobs) if sequence.num_unscored else len(sequence.token_ids) - 1
+        return sequence.page_tokens(page_size)[: last // page_size]
 
     def _is_coming(self, sequence: Sequence, found: list[Page]) -> bool:
         """Whether a running sequence is computing the page after `found`: waiting for it computes it only once.
@@ -162,7 +163,7 @@ class Scheduler:
             return None
         sequence.pages, sequence.open_slots = found, runs
         sequence.num_computed = sequence.num_swapped if resumes else num_found
-        item = self._try(sequence, min(sequence.num_to_compute, budget))
+        item = self._try(sequence, self._num_next(sequence, budget))
         if item is None:
             self._let_go(sequence)
             return None
@@ -229,6 +230,11 @@ class Scheduler:
             spent_slots=sequence.open_slots if num_filled and not in_place else [],
             taken_slots=slots,
         )
+
+    def _num_next(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of its next chunk: fewer where each has a row of logits, for which as much memory is set aside as
+        sampling `max_running` rows takes."""
+        return min(sequence.num_to_compute, budget, 8 * self.max_running if sequence.num_unscored else budget)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting with all its tokens and none of its slots; its sealed pages it may find again."""

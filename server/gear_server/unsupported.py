@@ -12,33 +12,25 @@ _OFF: tuple[Any, ...] = (False,)
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 
 BOTH: dict[str, tuple[Any, ...]] = {
-    "logprobs": _OFF,
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": _EMPTY,
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "use_beam_search": _OFF,
     "length_penalty": (1, 1.0),
     "bad_words": _EMPTY,
     "allowed_token_ids": (),
     "logits_processors": _EMPTY,
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
     "lora_request": (),
+}
+STRUCTURED_OUTPUTS: dict[str, tuple[Any, ...]] = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_any_whitespace": _OFF,
+    "disable_additional_properties": _OFF,
 }
 COMPLETIONS = BOTH | {
     "suffix": _EMPTY,
     "prompt_embeds": (),
 }
 CHAT = BOTH | {
-    "top_logprobs": (0,),
-    "tools": _EMPTY,
-    "tool_choice": ("none", "auto"),
     "functions": _EMPTY,
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -47,10 +39,9 @@ CHAT = BOTH | {
     "web_search_options": (),
     "documents": _EMPTY,
     "chat_template": (),
-    "continue_final_message": _OFF,
     "echo": _OFF,
 }
-MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _EMPTY, "function_call": (), "audio": ()}
+MESSAGE: dict[str, tuple[Any, ...]] = {"function_call": (), "audio": ()}
 
 
 def refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
