@@ -28,30 +28,37 @@ def chat_routes(context: Context) -> APIRouter:
 
     @router.post("/v1/chat/completions", summary="Answer a conversation")
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        arrived_s = time.perf_counter()
-        context.traffic.refuse_if_draining()
         model = resolve_model(context, body.model)
         log_unknown(body)
-        check_capacity(context, body.n)
-        token_ids = await asyncio.to_thread(encode_chat, context, body, body.messages)
-        max_tokens = body.max_completion_tokens or body.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, context.engine.info.max_model_len - len(token_ids))
-        plan = Plan(
-            request_id=new_id("chatcmpl"),
-            prompts=[Prompt(token_ids=token_ids, params=sampling_params(body, max_tokens))],
-            prompt_param="messages",
-            arrived_s=arrived_s,
-            n=body.n,
-            stop=body.stop,
-            include_stop=body.include_stop_str_in_output,
-            priority=body.priority,
-            cache_salt=cache_salt(request, body.cache_salt, isolate_keys=context.settings.isolate_keys),
-        )
-        form = ChatFormat(plan.request_id, model, with_usage_field=body.stream_options is not None)
-        return await answer(request, body, Generation(plan, context), form)
+        request_id = new_id("chatcmpl")
+        generation = await start_chat(context, request, body, request_id)
+        form = ChatFormat(request_id, model, with_usage_field=body.stream_options is not None)
+        return await answer(request, body, generation, form)
 
     return router
+
+
+async def start_chat(context: Context, request: Request, body: ChatRequest, request_id: str) -> Generation:
+    """Submit a conversation: every API that has messages comes through here, translated to chat's."""
+    arrived_s = time.perf_counter()
+    context.traffic.refuse_if_draining()
+    check_capacity(context, body.n)
+    token_ids = await asyncio.to_thread(encode_chat, context, body, body.messages)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, context.engine.info.max_model_len - len(token_ids))
+    plan = Plan(
+        request_id=request_id,
+        prompts=[Prompt(token_ids=token_ids, params=sampling_params(body, max_tokens))],
+        prompt_param="messages",
+        arrived_s=arrived_s,
+        n=body.n,
+        stop=body.stop,
+        include_stop=body.include_stop_str_in_output,
+        priority=body.priority,
+        cache_salt=cache_salt(request, body.cache_salt, isolate_keys=context.settings.isolate_keys),
+    )
+    return Generation(plan, context)
 
 
 class ChatFormat:

@@ -1,11 +1,11 @@
-"""The way that both generating routes share: check, encode, submit, and answer whole or as a stream.
+"""The way that generating routes share: check, encode, submit, and answer whole or as a stream.
 
 What the answer looks like is the route's business (`AnswerFormat`).
 """
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from gear_server.disconnect import unless_disconnected
 from gear_server.errors import ApiError
 from gear_server.generate import Delta, Generation, Usage
 from gear_server.openai_types import SamplingBody
-from gear_server.sse import Chunk, EventStream
+from gear_server.sse import Chunk, ChunkEvents, EventStream
 
 logger = logging.getLogger("gear_server")
 
@@ -70,17 +70,21 @@ def log_unknown(body: BaseModel) -> None:
 
 async def answer(request: Request, body: SamplingBody, generation: Generation, form: AnswerFormat) -> Response:
     """The response to a submitted request; whichever way it ends, the generation is closed."""
-    if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(
-            generation, form.chunks, (lambda: form.usage_chunk(generation.usage())) if include_usage else None
-        )
+    if not body.stream:
+        return await answer_whole(request, generation, form.whole)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    last_chunk = (lambda: form.usage_chunk(generation.usage())) if include_usage else None
+    return EventStream(generation, ChunkEvents(form.chunks, last_chunk))
+
+
+async def answer_whole(
+    request: Request, generation: Generation, to_content: Callable[[list[Answer], Usage], dict[str, Any]]
+) -> Response:
     try:
         answers = await unless_disconnected(request.receive, _collect(generation))
-        content = form.whole(answers, generation.usage())
+        return json_response(to_content(answers, generation.usage()))
     finally:
         generation.close()
-    return json_response(content)
 
 
 def json_response(content: dict[str, Any]) -> Response:
