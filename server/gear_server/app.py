@@ -21,17 +21,19 @@ from gear_server.completions import completion_routes
 from gear_server.context import Context, Engine
 from gear_server.disconnect import ClientGone
 from gear_server.errors import ApiError, GenerationFailed, describe, error_response, to_api_error
+from gear_server.messages import message_routes
 from gear_server.metrics import Metrics
 from gear_server.model_routes import model_routes
 from gear_server.page_routes import page_routes
 from gear_server.request_log import SCOPE_KEY, RequestLog
+from gear_server.responses import response_routes
 from gear_server.settings import Settings
 from gear_server.status_routes import status_routes
 from gear_server.tokenize_routes import tokenize_routes
 from gear_server.tokenizer import TextTokenizer
 from gear_server.traffic import CountTraffic, Traffic
 
-GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 
 
 def create_context(settings: Settings, engine: Engine) -> Context:
@@ -66,7 +68,15 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
         ],
     )
     app.state.context = context
-    for routes in (completion_routes, chat_routes, tokenize_routes, model_routes, status_routes):
+    for routes in (
+        completion_routes,
+        chat_routes,
+        response_routes,
+        message_routes,
+        tokenize_routes,
+        model_routes,
+        status_routes,
+    ):
         app.include_router(routes(context))
     app.include_router(page_routes())
     _handle_errors(app, context)
@@ -78,7 +88,7 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
         generating = request.method == "POST" and request.scope["path"] in GENERATING_PATHS
         if generating and not isinstance(error, GenerationFailed):
             context.metrics.count("rejected")
-        return error_response(error)
+        return error_response(error, request.scope)
 
     async def on_error(request: Request, error: Exception) -> Response:
         return refuse(request, to_api_error(error))
@@ -94,7 +104,7 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
         known = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}
         text = known.get(error.status_code, str(error.detail))
         headers = dict(error.headers) if error.headers else None
-        return error_response(ApiError(error.status_code, text, headers=headers))
+        return error_response(ApiError(error.status_code, text, headers=headers), request.scope)
 
     async def on_client_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; logs know the number from nginx
@@ -102,7 +112,7 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
     async def on_bug(request: Request, error: Exception) -> Response:
         request_id = request.scope.get(SCOPE_KEY, "")
         message = f"internal error: the server's log has the reason (X-Request-Id {request_id})"
-        return error_response(ApiError(500, message, headers={"X-Request-Id": request_id}))
+        return error_response(ApiError(500, message, headers={"X-Request-Id": request_id}), request.scope)
 
     for kind in (ApiError, RequestError, QueueFull, EngineDead):
         app.add_exception_handler(kind, on_error)

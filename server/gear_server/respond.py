@@ -17,7 +17,7 @@ from starlette.responses import Response
 from gear_engine.protocol import FinishReason
 from gear_server.context import Context
 from gear_server.disconnect import unless_disconnected
-from gear_server.errors import ApiError
+from gear_server.errors import ApiError, GenerationFailed
 from gear_server.generate import Delta, Generation, Usage
 from gear_server.openai_types import SamplingBody
 from gear_server.sse import Chunk, ChunkEvents, EventStream
@@ -85,6 +85,12 @@ async def answer_whole(
         return json_response(to_content(answers, generation.usage()))
     finally:
         generation.close()
+
+
+def refuse_aborted(finish_reason: FinishReason | None) -> None:
+    """For APIs that have no word for an answer cut short by the server: it failed, and may be asked for again."""
+    if finish_reason == "abort":
+        raise GenerationFailed(503, "the server is shutting down and cut this answer short", code="draining")
 
 
 def json_response(content: dict[str, Any]) -> Response:

@@ -52,6 +52,16 @@ CHAT = BOTH | {
 }
 MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _EMPTY, "function_call": (), "audio": ()}
 
+MESSAGES: dict[str, tuple[Any, ...]] = {"mcp_servers": _EMPTY, "container": ()}  # Anthropic's
+RESPONSES: dict[str, tuple[Any, ...]] = {
+    "previous_response_id": (),  # nothing is kept here: the caller sends the conversation
+    "conversation": (),
+    "background": _OFF,
+    "prompt": (),
+    "include": ([], ["reasoning.encrypted_content"]),
+    "top_logprobs": (0,),
+}
+
 
 def refuse_unsupported(fields: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> None:
     """Raise `RequestError` for the first that asks for something; null asks for nothing."""
