@@ -32,6 +32,7 @@ from gear_server.status_routes import status_routes
 from gear_server.tokenize_routes import tokenize_routes
 from gear_server.tokenizer import TextTokenizer
 from gear_server.traffic import CountTraffic, Traffic
+from gear_server.unsupported import unserved
 
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 
@@ -101,6 +102,9 @@ def _handle_errors(app: FastAPI, context: Context) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         path = request.scope["path"]
+        if error.status_code == 404 and (what := unserved(path)) is not None:
+            message = f"{what} are not served here: this server generates text (/docs lists its routes)"
+            return error_response(ApiError(404, message, code="not_supported"), request.scope)
         known = {404: f"there is no {path}", 405: f"{path} does not take {request.method}"}
         text = known.get(error.status_code, str(error.detail))
         headers = dict(error.headers) if error.headers else None

@@ -23,6 +23,8 @@ def model_routes(context: Context) -> APIRouter:
             "object": "model",
             "created": created,
             "owned_by": "gearserve",
+            "root": name,
+            "parent": None,
             "max_model_len": context.engine.info.max_model_len,
         }
 

@@ -192,6 +192,7 @@ class TokenizeRequest(_Body):
     add_special_tokens: Flag | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: Flag = Field(True, description="Let the template open the assistant's turn.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables for the model's chat template.")
+    return_token_strs: Flag = Field(False, description="Say each token as the vocabulary has it, too.")
 
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":

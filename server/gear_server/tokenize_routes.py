@@ -24,8 +24,16 @@ def tokenize_routes(context: Context) -> APIRouter:
         resolve_model(context, body.model)
         log_unknown(body)
         tokens = await asyncio.to_thread(_encode, context, body)
-        max_model_len = context.engine.info.max_model_len
-        return json_response({"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens})
+        return json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": context.engine.info.max_model_len,
+                "tokens": tokens,
+                "token_strs": [context.tokenizer.token_text(token) for token in tokens]
+                if body.return_token_strs
+                else None,
+            }
+        )
 
     @router.post("/detokenize", summary="Decode token ids")
     async def detokenize(body: DetokenizeRequest) -> Response:

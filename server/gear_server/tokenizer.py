@@ -57,6 +57,10 @@ class TextTokenizer:
         detokenizer = self.detokenizer()
         return "".join(map(detokenizer.feed, token_ids)) + detokenizer.flush()
 
+    def token_text(self, token_id: int) -> str | None:
+        """As the vocabulary has it: for people, not to be joined."""
+        return self._tokenizer.id_to_token(token_id)
+
     def has_token(self, token_id: int) -> bool:
         return token_id in self._vocab_ids
 
