@@ -10,9 +10,22 @@ import sys
 import time
 from dataclasses import dataclass
 
+import msgspec
 import torch
+from llguidance import LLMatcher
 
-from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
+from gear_engine.grammar import Grammars
+from gear_engine.logprobs import prompt_logprobs
+from gear_engine.protocol import (
+    AddRequest,
+    EngineStats,
+    PageError,
+    RequestError,
+    RequestOutput,
+    StepReport,
+    TokenLogprobs,
+    validate,
+)
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
 from gear_engine.scheduler import Scheduler
@@ -32,11 +45,15 @@ class Limits:
 class Engine:
     """Owns the scheduler, the runner and the sampler; a request is known to it by its id."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, sampler: Sampler, limits: Limits, grammars: Grammars | None = None
+    ) -> None:
+        """Without `grammars` a request may ask for none."""
         self.scheduler = scheduler
         self.runner = runner
         self.sampler = sampler
         self.limits = limits
+        self.grammars = grammars
         self._num_arrivals = 0
         self._seeds = random.Random()
 
@@ -54,6 +71,7 @@ class Engine:
         )
         if self.scheduler.has(request.request_id):
             raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
+        matcher = self._matcher(request.params.grammar)
         self._num_arrivals += 1
         seed = request.params.seed
         self.scheduler.add(
@@ -66,8 +84,16 @@ class Engine:
                 order=(request.priority, self._num_arrivals),
                 arrival_s=time.monotonic(),
                 cache_salt=request.cache_salt,
+                matcher=matcher,
             )
         )
+
+    def _matcher(self, grammar: str) -> LLMatcher | None:
+        if not grammar:
+            return None
+        if self.grammars is None:
+            raise RequestError("this engine follows no grammars", "structured_outputs")
+        return self.grammars.matcher(grammar)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any phase; None if there is none of that id (it may just have ended)."""
@@ -83,13 +109,16 @@ class Engine:
             start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
         ]
         tokens: dict[str, int] = {}
+        logprobs: dict[str, TokenLogprobs] = {}
         failed: dict[str, str] = {}
         page_errors: list[PageError] = []
         self.runner.move(batch.moves)
         for part, result in self._run(batch.scheduled, failed):
-            self._sample(part, result, tokens, failed)
+            self._sample(part, result, tokens, logprobs, failed)
+            self._score(part, result)
             page_errors += result.page_errors
         outputs = self.scheduler.commit(batch, tokens, failed)
+        outputs = _with_logprobs(outputs, batch.scheduled, logprobs)
         return StepReport(
             outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
@@ -113,7 +142,12 @@ class Engine:
         return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
 
     def _sample(
-        self, scheduled: list[Scheduled], result: RunResult, tokens: dict[str, int], failed: dict[str, str]
+        self,
+        scheduled: list[Scheduled],
+        result: RunResult,
+        tokens: dict[str, int],
+        logprobs: dict[str, TokenLogprobs],
+        failed: dict[str, str],
     ) -> None:
         for item, poisoned in zip(scheduled, result.poisoned, strict=True):
             if poisoned:
@@ -125,14 +159,61 @@ class Engine:
             SamplingRow(s.params, s.seed, s.num_output, s.token_ids[: s.num_prompt], s.token_ids[s.num_prompt :])
             for s in sampling
         ]
-        for sequence, token in zip(sampling, self.sampler.sample(result.logits, rows), strict=True):
+        self._restrict(sampling, rows)
+        sampled = self.sampler.sample(result.logits, rows)
+        for sequence, token, told in zip(sampling, sampled.tokens, sampled.logprobs, strict=True):
+            matcher = sequence.matcher
+            if matcher is not None and (token is None or not matcher.consume_token(token)):
+                failed.setdefault(sequence.request_id, f"the grammar cannot go on: {matcher.get_error()}")
+                continue
             if token is None:
                 failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
-            else:
-                tokens[sequence.request_id] = token
+                continue
+            tokens[sequence.request_id] = token
+            if told is not None:
+                logprobs[sequence.request_id] = told
+
+    def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
+        """Tell the rows of sequences that follow a grammar what it allows next."""
+        bound = [(row, s.matcher) for row, s in zip(rows, sampling, strict=True) if s.matcher is not None]
+        if bound and self.grammars is not None:
+            for (row, _), allowed in zip(bound, self.grammars.allowed([matcher for _, matcher in bound]), strict=True):
+                row.allowed = allowed
+
+    def _score(self, scheduled: list[Scheduled], result: RunResult) -> None:
+        """Note the log-probabilities of prompt tokens that were asked for."""
+        if result.prompt_logits is None:
+            return
+        each = [(item.sequence, position) for item in scheduled for position in item.scored]
+        tokens = [sequence.token_ids[position + 1] for sequence, position in each]
+        num_top = [sequence.params.prompt_logprobs or 0 for sequence, _ in each]
+        told = prompt_logprobs(result.prompt_logits[:, : self.limits.vocab_size], tokens, num_top)
+        for (sequence, _), one in zip(each, told, strict=True):
+            sequence.prompt_logprobs.append(one)
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(peak_memory_bytes())
+
+
+def _with_logprobs(
+    outputs: list[RequestOutput], scheduled: list[Scheduled], logprobs: dict[str, TokenLogprobs]
+) -> list[RequestOutput]:
+    """The outputs, with what requests asked to be told: of the prompt once, with the first token."""
+    first = {
+        item.sequence.request_id: item.sequence.prompt_logprobs
+        for item in scheduled
+        if item.sequence.params.prompt_logprobs is not None and item.sequence.num_output == 1
+    }
+    if not logprobs and not first:
+        return outputs
+    return [
+        msgspec.structs.replace(
+            output,
+            logprobs=[logprobs[output.request_id]] if output.token_ids and output.request_id in logprobs else None,
+            prompt_logprobs=first.get(output.request_id) if output.token_ids else None,
+        )
+        for output in outputs
+    ]
 
 
 def peak_memory_bytes() -> int:

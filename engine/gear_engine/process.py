@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 import zmq
+from llguidance import LLMatcher
 
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine
@@ -31,6 +33,7 @@ from gear_engine.protocol import (
 from gear_engine.start import start_engine
 
 PARENT_CHECK_S = 1.0
+COMPILE_CHECK_MS = 2
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToEngine).decode
 
@@ -66,33 +69,67 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+class _Arrivals:
+    """Hands requests to the engine; one whose grammar must be compiled waits for that, and nobody waits for it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._compiling: dict[str, tuple[AddRequest, Future[LLMatcher]]] = {}
+
+    @property
+    def wait_ms(self) -> int | None:
+        """How long to wait for the next message."""
+        if self._engine.has_work:
+            return 0
+        return COMPILE_CHECK_MS if self._compiling else None
+
+    def take(self, message: AddRequest | AbortRequest) -> list[RequestOutput]:
+        """Outputs that it gives rise to at once."""
+        if isinstance(message, AddRequest):
+            if message.params.grammar and self._engine.grammars is not None:
+                compiling = self._threads.submit(self._engine.grammars.matcher, message.params.grammar)
+                self._compiling[message.request_id] = (message, compiling)
+                return []
+            return self._add(message)
+        if self._compiling.pop(message.request_id, None):
+            return [RequestOutput(message.request_id, [], finish_reason="abort")]
+        output = self._engine.abort(message.request_id)
+        return [output] if output else []
+
+    def compiled(self) -> list[RequestOutput]:
+        """Let in whose grammar is ready: the engine finds it compiled, or refuses it again."""
+        outputs = []
+        for request_id, (message, compiling) in list(self._compiling.items()):
+            if compiling.done():
+                del self._compiling[request_id]
+                outputs += self._add(message)
+        return outputs
+
+    def _add(self, message: AddRequest) -> list[RequestOutput]:
+        try:
+            self._engine.add(message)
+        except RequestError as error:
+            return [RequestOutput(message.request_id, [], finish_reason="error", error=str(error))]
+        return []
+
+
 def _serve(engine: Engine, socket: zmq.Socket[bytes]) -> None:
+    arrivals = _Arrivals(engine)
     while True:
-        ended: list[RequestOutput] = []
-        wait_ms = 0 if engine.has_work else None
+        ended = arrivals.compiled()
+        wait_ms = 0 if ended else arrivals.wait_ms
         while socket.poll(wait_ms):
             message = _decode(socket.recv())
             if isinstance(message, Shutdown):
                 return
-            ended += _take(engine, message)
+            ended += arrivals.take(message)
             wait_ms = 0
         if engine.has_work:
             report = engine.step()
             _send(socket, msgspec.structs.replace(report, outputs=ended + report.outputs) if ended else report)
         elif ended:
             _send(socket, StepReport(ended, engine.stats(), None, 0, []))
-
-
-def _take(engine: Engine, message: AddRequest | AbortRequest) -> list[RequestOutput]:
-    """Outputs that a message gives rise to at once."""
-    if isinstance(message, AbortRequest):
-        output = engine.abort(message.request_id)
-        return [output] if output else []
-    try:
-        engine.add(message)
-    except RequestError as error:
-        return [RequestOutput(message.request_id, [], finish_reason="error", error=str(error))]
-    return []
 
 
 if __name__ == "__main__":

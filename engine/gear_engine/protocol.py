@@ -9,6 +9,8 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_LOGPROBS = 20  # the likeliest tokens that may be asked for, as with OpenAI
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen and when a request ends. Values are checked by `validate`."""
@@ -26,6 +28,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0  # no end-of-sequence or stop token before that many
     ignore_eos: bool = False
+    logprobs: int | None = None  # tell each token's log-probability, and that many of the likeliest; None: nothing
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, the first excepted; finds no cached pages
+    grammar: str = ""  # of the answer, as llguidance writes it; "": anything
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
@@ -47,6 +52,14 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 ToEngine = AddRequest | AbortRequest | Shutdown
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A token's log-probability and rank (1 is the likeliest), and the likeliest tokens with theirs, best first."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
 class RequestOutput(msgspec.Struct, frozen=True):
     """What one step added to one request. `finish_reason` is set in its last output and only there."""
 
@@ -56,6 +69,8 @@ class RequestOutput(msgspec.Struct, frozen=True):
     stop_token_id: int | None = None  # the end-of-sequence or stop token that ended it; also last in token_ids
     error: str | None = None  # with finish_reason "error": one sentence
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when the request began
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on; with the first token
 
 
 class MemoryRow(msgspec.Struct, frozen=True):
@@ -208,6 +223,14 @@ def validate(token_ids: list[int], params: SamplingParams, *, max_model_len: int
         raise RequestError(
             f"min_tokens must be between 0 and max_tokens ({params.max_tokens}), got {params.min_tokens}", "min_tokens"
         )
+    if params.grammar:
+        for name in ("min_tokens", "ignore_eos"):
+            if getattr(params, name):
+                raise RequestError(f"{name} contradicts structured output, whose end the grammar decides", name)
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if count is not None and not 0 <= count <= MAX_LOGPROBS:
+            raise RequestError(f"{name} must be between 0 and {MAX_LOGPROBS}, got {count}", name)
     for token, bias in params.logit_bias.items():
         if not 0 <= token < vocab_size:
             raise RequestError(

@@ -30,6 +30,7 @@ class RunResult:
     logits: Tensor  # [number of sequences that sample, V]
     page_errors: list[PageError]  # sampled among the pages that were sealed
     poisoned: list[bool]  # of every scheduled sequence: NaN or infinity in what the model made of its tokens
+    prompt_logits: Tensor | None = None  # [positions that are `scored`, V], in order; None: nobody asked
 
 
 class Runner(Protocol):
@@ -108,7 +109,9 @@ class ModelRunner:
         """Compute the scheduled tokens. Running the same again is harmless: it writes the same bytes."""
         logits, finite = self._forward(scheduled)
         poisoned = [not bool(rows.all()) for rows in finite.split([item.num_new for item in scheduled])]
-        return RunResult(logits, self._page_errors(), poisoned)
+        num_sampled = sum(item.samples for item in scheduled)
+        prompt_logits = logits[num_sampled:] if len(logits) > num_sampled else None
+        return RunResult(logits[:num_sampled], self._page_errors(), poisoned, prompt_logits)
 
     def move(self, moves: list[Move]) -> None:
         """Copy slots to host memory and back, bit for bit, in the order given."""
@@ -129,10 +132,11 @@ class ModelRunner:
         ]
 
     def _forward(self, scheduled: list[Scheduled], all_rows: bool = False) -> tuple[Tensor, Tensor]:
-        """(logits [sampling sequences, V], or [T, V] of all rows; finite [T])"""
+        """(logits [sampling sequences, then `scored` positions, V], or [T, V] of all rows; finite [T])"""
         tokens: list[int] = []
         positions: list[int] = []
         asked: list[int] = []
+        scored: list[int] = []
         row = 0
         for item in scheduled:
             end = item.start + item.num_new
@@ -141,8 +145,11 @@ class ModelRunner:
             row += item.num_new
             if all_rows:
                 asked += range(row - item.num_new, row)
-            elif item.samples:
+                continue
+            scored += [row - end + position for position in item.scored]
+            if item.samples:
                 asked.append(row - 1)
+        asked += scored
         attention = PooledAttention(self.backend, paged_batch(scheduled, self.layout), self.loaded.num_layers - 1)
         output = self.loaded.model(
             input_ids=torch.tensor([tokens]),

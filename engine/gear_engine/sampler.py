@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gear_engine.protocol import SamplingParams
+from gear_engine.grammar import stacked, unpacked
+from gear_engine.logprobs import token_logprobs, unpack
+from gear_engine.protocol import SamplingParams, TokenLogprobs
 
 GREEDY_BELOW = 1e-5  # a smaller temperature is greedy, as in vLLM: dividing by it would overflow
 WEIGHT_ONE = 2.0**40  # the weight of the best token; a sum over 4 million tokens still fits into an int64
@@ -31,28 +33,60 @@ class SamplingRow:
     position: int  # index of the output token: 0 for the first
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+    allowed: Tensor | None = None  # [W] int32 on the host: a bit for each token that a grammar allows next
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One of each for every row."""
+
+    tokens: list[int | None]  # None: no token can be chosen (NaN, +inf, or all -inf)
+    logprobs: list[TokenLogprobs | None]  # None: not asked for
 
 
 class Sampler:
-    """Parameters mean and follow what they do in vLLM: bias, penalties, temperature, min_p, top_k, top_p."""
+    """Parameters mean and follow what they do in vLLM: grammar, bias, penalties, temperature, min_p, top_k, top_p."""
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
-        """logits: [N, V] of any float type -> N tokens; None where no token can be chosen (NaN, +inf, or all -inf)."""
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """logits: [N, V] of any float type."""
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
-        logits = _adjusted(logits, rows, self.eos_token_ids)
+        raw, logits = logits, _adjusted(logits, rows, self.eos_token_ids)
         best, tokens = logits.max(dim=-1)  # a tie goes to the lowest index
         healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
+        if any(row.allowed is not None for row in rows):
+            healthy &= raw.amax(dim=-1).isfinite()  # what a grammar forbids must not hide what is wrong
         drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
             tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in drawn])
-        tokens = tokens.where(healthy, -1)  # -1: no token; one copy to the host for the whole batch
-        return [None if token < 0 else token for token in tokens.tolist()]
+        tokens = tokens.where(healthy, -1)  # -1: no token
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        if asked:
+            return _with_logprobs(raw, tokens, rows, asked)
+        return Sampled(_or_none(tokens.tolist()), [None] * len(rows))  # one copy to the host for the whole batch
+
+
+def _with_logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], asked: list[int]) -> Sampled:
+    """Tokens and log-probabilities in one copy to the host; the rows `asked` are read, the others left alone."""
+    num_top = [rows[i].params.logprobs or 0 for i in asked]
+    index = torch.tensor(asked, device=logits.device)
+    packed = token_logprobs(logits[index], tokens[index], max(num_top))
+    flat = torch.cat([tokens.double(), packed.flatten()]).tolist()
+    width = packed.shape[1]
+    told = unpack([flat[start : start + width] for start in range(len(rows), len(flat), width)], num_top)
+    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+    for i, one in zip(asked, told, strict=True):
+        logprobs[i] = one
+    return Sampled(_or_none([int(token) for token in flat[: len(rows)]]), logprobs)
+
+
+def _or_none(tokens: list[int]) -> list[int | None]:
+    return [None if token < 0 else token for token in tokens]
 
 
 @dataclass(slots=True)
@@ -78,10 +112,11 @@ class _Entries:
 
 
 def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
-    """A float32 copy with biases, min_tokens and penalties worked in; the logits themselves where no row asks for any.
+    """A float32 copy with grammars, biases, min_tokens and penalties worked in; the logits themselves if nobody asks.
 
-    A poisoned logit stays one: NaN and +inf come out of every line below as NaN or +inf.
+    A poisoned logit stays one, unless a grammar forbids it: NaN and +inf come out of the other lines as NaN or +inf.
     """
+    allowed = stacked([row.allowed for row in rows], logits.shape[1])
     biases, seen, penalties = _Entries(), _Entries(), _Entries()
     for i, row in enumerate(rows):
         p = row.params
@@ -95,9 +130,11 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
         if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
             counts = Counter(row.output_token_ids)
             penalties.add(i, counts.keys(), [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()])
-    if not (biases.rows or seen.rows or penalties.rows):
+    if allowed is None and not (biases.rows or seen.rows or penalties.rows):
         return logits
     logits = logits.to(torch.float32, copy=True)
+    if allowed is not None:
+        logits.masked_fill_(~unpacked(allowed.to(logits.device), logits.shape[1]), -math.inf)
     biases.added_to(logits)
     where = seen.where(logits)
     factor = torch.tensor(seen.values, dtype=logits.dtype, device=logits.device)

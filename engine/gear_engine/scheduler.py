@@ -15,6 +15,8 @@ from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_runs, num_slots_for_one, num_slots_held
 
+MAX_SCORED = 512  # prompt tokens of a sequence in one step whose logits, a row of the vocabulary each, are looked at
+
 
 class Scheduler:
     """Waiting and running sequences, each list in order of (priority, arrival)."""
@@ -80,7 +82,7 @@ class Scheduler:
             for sequence in list(self.running):
                 budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
                 if (sequence.num_to_compute == 1) == decoding and budget and sequence in self.running:
-                    item = self._take(sequence, min(sequence.num_to_compute, budget), scheduled)
+                    item = self._take(sequence, _num_next(sequence, budget), scheduled)
                     if item is not None:
                         scheduled.append(item)
         if len(self.waiting) == num_waiting:  # else a sequence lost its slots, and is not to take others' at once
@@ -110,12 +112,13 @@ class Scheduler:
             budget -= item.num_new
 
     def _find(self, sequence: Sequence) -> list[Page]:
-        """The longest prefix of it in the pool, without its last token: that one has the next one's logits."""
+        """The longest prefix of it in the pool, without tokens whose logits are wanted: the last, for one."""
         return self.cache.find(sequence.cache_salt, self._reusable(sequence))
 
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         page_size = self.layout.page_size
-        return sequence.page_tokens(page_size)[: (len(sequence.token_ids) - 1) // page_size]
+        last = len(sequence.prompt_logprobs) if sequence.num_unscored else len(sequence.token_ids) - 1
+        return sequence.page_tokens(page_size)[: last // page_size]
 
     def _is_coming(self, sequence: Sequence, found: list[Page]) -> bool:
         """Whether a running sequence is computing the page after `found`: waiting for it computes it only once.
@@ -160,7 +163,7 @@ class Scheduler:
             return None
         sequence.pages, sequence.open_slots = found, runs
         sequence.num_computed = sequence.num_swapped if resumes else num_found
-        item = self._try(sequence, min(sequence.num_to_compute, budget))
+        item = self._try(sequence, _num_next(sequence, budget))
         if item is None:
             self._let_go(sequence)
             return None
@@ -337,3 +340,8 @@ class Scheduler:
         swapped = [slot for s in self.waiting for slot in s.host_slots] + self.cache.host_slots()
         assert len(swapped) == len(set(swapped)) == self.host.num_active
         assert not any(s.host_slots or s.num_swapped for s in self.running)
+
+
+def _num_next(sequence: Sequence, budget: int) -> int:
+    """Tokens of its next chunk."""
+    return min(sequence.num_to_compute, budget, MAX_SCORED if sequence.num_unscored else budget)

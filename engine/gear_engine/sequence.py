@@ -5,9 +5,13 @@ All mutable state of a request lives here, and only the scheduler changes it.
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gear_engine.prefix_cache import Move, Page
-from gear_engine.protocol import SamplingParams
+from gear_engine.protocol import SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +33,8 @@ class Sequence:
     host_slots: list[int] = field(default_factory=list)  # the runs of its open page then, in host memory
     num_cached: int = 0  # prompt tokens that were in the pool when it was first scheduled
     was_scheduled: bool = False
+    matcher: "LLMatcher | None" = None  # of its grammar, after the tokens that were sampled
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens from the second on, if asked for
     _page_tokens: list[bytes] = field(default_factory=list)
 
     @property
@@ -39,6 +45,11 @@ class Sequence:
     def num_to_compute(self) -> int:
         """Tokens whose keys and values are not in the pool: 1 while decoding."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log-probability was asked for and is not known."""
+        return 0 if self.params.prompt_logprobs is None else self.num_prompt - 1 - len(self.prompt_logprobs)
 
     def page_tokens(self, page_size: int) -> list[bytes]:
         """The known tokens of each full page, computed or not, as they name it in the prefix cache."""
@@ -59,6 +70,15 @@ class Scheduled:
     next_open_slots: list[int]
     spent_slots: list[int]  # runs of a page that the step seals: free once it is done
     taken_slots: list[int]  # what the step took for itself: given back if it is not to run after all
+
+    @property
+    def scored(self) -> range:
+        """Positions of the step whose logits give log-probabilities of prompt tokens that were asked for."""
+        sequence = self.sequence
+        if not sequence.num_unscored:
+            return range(0)
+        first = max(self.start, len(sequence.prompt_logprobs))
+        return range(first, min(self.start + self.num_new, sequence.num_prompt - 1))
 
 
 @dataclass(frozen=True, slots=True)

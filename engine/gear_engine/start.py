@@ -14,6 +14,7 @@ from gear_compression.config import ConfigError, preset
 from gear_compression.layout import Layout, layout_for
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine, Limits
+from gear_engine.grammar import Grammars
 from gear_engine.model_files import Dtype, model_folder
 from gear_engine.model_loader import LoadedModel, load_model
 from gear_engine.plan import MemoryPlan, plan_memory
@@ -43,7 +44,7 @@ class StartedEngine:
 def start_engine(config: EngineConfig) -> StartedEngine:
     """Raises `EngineStartError`, one sentence that names the remedy, for whatever cannot be served."""
     backend = _checked(config)
-    folder, loaded, layout, plan = _planned(config)
+    folder, loaded, layout, plan, grammars = _planned(config)
     try:
         runner = ModelRunner(loaded, layout, plan.num_pages, backend, plan.num_host_pages)
     except RuntimeError as error:  # torch cannot get the slab from the system
@@ -51,8 +52,8 @@ def start_engine(config: EngineConfig) -> StartedEngine:
             f"cannot allocate {plan.pages_bytes:,} bytes of pages and {plan.swap_bytes:,} to swap them out to: "
             "lower --memory or --swap-space"
         ) from error
-    _warm_up(_engine(config, loaded, layout, plan, runner))
-    engine = _engine(config, loaded, layout, plan, runner)
+    _warm_up(_engine(config, loaded, layout, plan, runner, grammars))
+    engine = _engine(config, loaded, layout, plan, runner, grammars)
     return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, _DTYPES[config.dtype][0]))
 
 
@@ -62,11 +63,14 @@ def planned_memory(config: EngineConfig) -> MemoryPlan:
     return _planned(config)[3]
 
 
-def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan]:
+def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan, Grammars]:
     dtype_name, dtype = _DTYPES[config.dtype]
     folder = model_folder(config.model, dtype_name)
     runtime_bytes = psutil.Process().memory_info().rss
     loaded = load_model(folder, "cpu", dtype)
+    before_bytes = psutil.Process().memory_info().rss
+    grammars = Grammars(folder, loaded.eos_token_ids)  # now: it takes a second or more, and stops every other thread
+    runtime_bytes += max(0, psutil.Process().memory_info().rss - before_bytes)
     layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
     plan = plan_memory(
         loaded.config,
@@ -81,7 +85,7 @@ def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPla
         max_batch_tokens=config.max_batch_tokens,
         swap_space=config.swap_space,
     )
-    return folder, loaded, layout, plan
+    return folder, loaded, layout, plan, grammars
 
 
 def _checked(config: EngineConfig) -> str:
@@ -115,7 +119,14 @@ def model_layout(preset_name: str, num_layers: int, num_kv_heads: int, head_dim:
         raise EngineStartError(f"--preset {preset_name}: {error}") from error
 
 
-def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: MemoryPlan, runner: ModelRunner) -> Engine:
+def _engine(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    layout: Layout,
+    plan: MemoryPlan,
+    runner: ModelRunner,
+    grammars: Grammars,
+) -> Engine:
     scheduler = Scheduler(
         SlotAllocator(plan.num_pages),
         layout,
@@ -126,7 +137,7 @@ def _engine(config: EngineConfig, loaded: LoadedModel, layout: Layout, plan: Mem
         num_host_slots=plan.num_host_pages,
     )
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
-    return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size))
+    return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size), grammars)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -6,11 +6,12 @@ Knows token ids and text, not HTTP and not JSON. A `Generation` that is closed e
 import asyncio
 import logging
 import time
+from collections.abc import Set
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gear_engine.client import RequestStream
-from gear_engine.protocol import EngineDead, FinishReason, RequestError, RequestOutput, SamplingParams
+from gear_engine.protocol import EngineDead, FinishReason, RequestError, RequestOutput, SamplingParams, TokenLogprobs
 from gear_server.context import Context
 from gear_server.detokenizer import Detokenizer
 from gear_server.errors import GenerationFailed
@@ -26,6 +27,7 @@ class Prompt:
     token_ids: list[int]
     params: SamplingParams
     echo: str = ""  # text that its answers begin with
+    echo_only: bool = False  # nothing but that: the engine's one token is computed for the prompt's sake and not shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,8 @@ class Plan:
     n: int = 1
     stop: list[str]
     include_stop: bool = False
+    skip_special_tokens: bool = True
+    keep_special_ids: Set[int] = frozenset()  # whose text is shown even so
     priority: int = 0
     cache_salt: str = ""
 
@@ -51,6 +55,9 @@ class Delta:
     text: str
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token, as in vLLM; None for the model's own end
+    token_ids: list[int] = field(default_factory=list)  # with the token that ended it, whose text is not in `text`
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # in its first one, if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,10 @@ class Choice:
         self._min_tokens = prompt.params.min_tokens
         self._eos_token_ids = context.engine.info.eos_token_ids
         self._pending = prompt.echo
-        self._detokenizer: Detokenizer = context.tokenizer.detokenizer()
+        self._echo_only = prompt.echo_only
+        self._detokenizer: Detokenizer = context.tokenizer.detokenizer(
+            skip_special_tokens=plan.skip_special_tokens, keep=plan.keep_special_ids
+        )
         self._stops = StopStrings(plan.stop, plan.include_stop)
         self._metrics: Metrics = context.metrics
         self._arrived_s = plan.arrived_s
@@ -91,15 +101,25 @@ class Choice:
             self.leave("error")
             logger.error("%s failed: %s", output.request_id, output.error)
             raise GenerationFailed(500, output.error or "the engine could not finish this request")
+        if self._echo_only:
+            self._finish("length")
+            return Delta(self.index, self._pending, "length", logprobs=[], prompt_logprobs=output.prompt_logprobs)
+        before = self.num_tokens
         text, self._pending = self._pending + self._read(output), ""
-        if self._stops.matched is not None:
-            self._finish("stop")
-            return Delta(self.index, text, "stop", self._stops.matched)
-        if output.finish_reason is None:
-            return Delta(self.index, text)
-        self._finish(output.finish_reason)
+        num_new = self.num_tokens - before
+        reason: FinishReason | None = "stop" if self._stops.matched is not None else output.finish_reason
+        if reason is not None:
+            self._finish(reason)
         stop_token_id = None if output.stop_token_id in self._eos_token_ids else output.stop_token_id
-        return Delta(self.index, text, output.finish_reason, stop_token_id)
+        return Delta(
+            self.index,
+            text,
+            reason,
+            stop_token_id if self._stops.matched is None else self._stops.matched,
+            output.token_ids[:num_new],
+            None if output.logprobs is None else output.logprobs[:num_new],
+            output.prompt_logprobs,
+        )
 
     def leave(self, outcome: Outcome) -> None:
         """Have no more of it: what still runs is aborted. Does nothing to a choice that has ended."""
@@ -195,8 +215,8 @@ class Generation:
         if not self._pumps:
             choice = self.choices[0]
             ready = [(choice, await anext(choice.stream))]
-            while (output := choice.stream.take_ready()) is not None:  # who fell behind catches up in one piece
-                ready.append((choice, output))
+            while (more := choice.stream.take_ready()) is not None:  # who fell behind catches up in one piece
+                ready.append((choice, more))
             return ready
         arrived = [await self._arrived.get()]
         while not self._arrived.empty():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from gear_engine.protocol import RequestError
+from gear_engine.protocol import MAX_LOGPROBS, RequestError
 from gear_server import unsupported
 
 Int = Annotated[int, Field(strict=True)]  # no "5", no true, no 5.0
@@ -88,6 +88,11 @@ def _to_text(value: Any) -> str:
     return "\n".join(texts)
 
 
+def _false_is_none(value: Any) -> Any:
+    """logprobs: false is the chat's way to ask for none."""
+    return None if value is False else value
+
+
 class _Body(BaseModel):
     """Drops nulls, refuses what is not supported, keeps what is unknown."""
 
@@ -135,12 +140,29 @@ class SamplingBody(_Body):
     ignore_eos: Flag = Field(False, description="Go on after the model's end-of-sequence token.")
     priority: Int32 = Field(0, description="Lower runs first.")
     cache_salt: str = Field("", max_length=1024, description="Share cached prompts only with requests of this salt.")
+    skip_special_tokens: Flag = Field(True, description="Leave special tokens out of the text.")
+    return_token_ids: Flag = Field(False, description="Send token ids along, of the prompt too.")
+    return_tokens_as_token_ids: Flag = Field(False, description="Call tokens token_id:… in log-probabilities.")
+    prompt_logprobs: Int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probabilities of the prompt's tokens, with that many of the likeliest. Computes the prompt "
+        "anew, without the prefix cache; not for streams.",
+    )
+    truncate_prompt_tokens: Int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Keep that many tokens from the prompt's end; -1: as many as fit."
+    )
     user: Any = Field(None, description="Accepted and not used.")
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> "SamplingBody":
+    def _check_together(self) -> "SamplingBody":
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only for requests with stream set to true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs is not for streams: set stream to false", "prompt_logprobs")
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens must be -1 or at least 1, got 0", "truncate_prompt_tokens")
         return self
 
 
@@ -150,14 +172,34 @@ class CompletionRequest(SamplingBody):
     prompt: Annotated[Prompts, PlainValidator(_to_prompts, json_schema_input_type=PromptInput)] = Field(
         description="Text or token ids; several prompts are answered as several choices."
     )
+    max_tokens: Int | None = Field(None, ge=0, description="The longest answer, in tokens; 0 only with echo.")
     echo: Flag = Field(False, description="Begin each answer with its prompt.")
-    best_of: Int | None = Field(None, ge=1, le=MAX_CHOICES, description="Only the value of n is supported yet.")
+    logprobs: Annotated[int | None, BeforeValidator(_false_is_none)] = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        strict=True,
+        description="Log-probabilities of the answer's tokens, with that many of the likeliest; with echo, of the "
+        "prompt's too.",
+    )
+    best_of: Int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="Draw that many answers and send the n likeliest, by mean token."
+    )
     add_special_tokens: Flag = Field(True, description="Let the tokenizer begin the prompt as the model expects.")
 
+    @property
+    def num_drawn(self) -> int:
+        """Answers that are drawn for each prompt."""
+        return self.n if self.best_of is None else self.best_of
+
     @model_validator(mode="after")
-    def _check_best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of != self.n:
-            raise RequestError("best_of other than n is not supported yet: leave it out", "best_of")
+    def _check_answers(self) -> "CompletionRequest":
+        if self.num_drawn < self.n:
+            raise RequestError(f"best_of must be at least n ({self.n}), got {self.best_of}", "best_of")
+        if self.num_drawn > self.n and self.stream:
+            raise RequestError("best_of above n is not for streams: the best is known at the end", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens must be at least 1 without echo, got 0", "max_tokens")
         return self
 
 
@@ -177,10 +219,20 @@ class ChatRequest(SamplingBody):
     UNSUPPORTED = unsupported.CHAT
 
     messages: Messages = Field(description="The conversation so far.")
+    logprobs: Flag = Field(False, description="Send the log-probability of each token.")
+    top_logprobs: Int = Field(
+        0, ge=0, le=MAX_LOGPROBS, description="With logprobs: also those of that many likeliest tokens."
+    )
     max_completion_tokens: Int | None = Field(None, ge=1, description="The newer name of max_tokens; wins over it.")
     add_generation_prompt: Flag = Field(True, description="Let the template open the assistant's turn.")
     add_special_tokens: Flag = Field(False, description="Templates write their special tokens themselves.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables for the model's chat template.")
+
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only for requests with logprobs set to true", "top_logprobs")
+        return self
 
 
 class TokenizeRequest(_Body):

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gear_engine.protocol import FinishReason
+from gear_engine.protocol import FinishReason, TokenLogprobs
 from gear_server.context import Context
 from gear_server.disconnect import unless_disconnected
 from gear_server.errors import ApiError, GenerationFailed
@@ -33,6 +33,18 @@ class Answer:
     pieces: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.pieces.append(delta.text)
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     @property
     def text(self) -> str:
@@ -110,7 +122,5 @@ async def _collect(generation: Generation) -> list[Answer]:
     answers = [Answer(choice.index) for choice in generation.choices]
     while (deltas := await generation.next_deltas()) is not None:
         for delta in deltas:
-            answer = answers[delta.index]
-            answer.pieces.append(delta.text)
-            answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+            answers[delta.index].add(delta)
     return answers

@@ -9,7 +9,9 @@ from gear_engine.protocol import SamplingParams
 from gear_server.openai_types import SamplingBody
 
 
-def sampling_params(body: SamplingBody, max_tokens: int) -> SamplingParams:
+def sampling_params(
+    body: SamplingBody, max_tokens: int, *, logprobs: int | None = None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
@@ -24,6 +26,8 @@ def sampling_params(body: SamplingBody, max_tokens: int) -> SamplingParams:
         stop_token_ids=tuple(body.stop_token_ids),
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

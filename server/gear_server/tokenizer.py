@@ -3,6 +3,8 @@
 Knows the files beside the weights; whether a token may be generated is the engine's business.
 """
 
+import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import tokenizers
 
 from gear_server.detokenizer import ByteLevelDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
 
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,7 +33,8 @@ class TextTokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._vocab_ids = frozenset(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self._max_token_len = max((len(token) for token in self._tokenizer.get_vocab()), default=1)
-        self._token_bytes = TokenBytes(self._tokenizer, self._special_ids) if self._is_byte_level() else None
+        self._byte_level = self._is_byte_level()
+        self._token_bytes: dict[Set[int], TokenBytes] = {}  # by the ids that have no text
         self.special_tokens = self._read_special_tokens()
         self._missing_bos_id = self._find_missing_bos()
 
@@ -44,18 +48,42 @@ class TextTokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one for one answer."""
-        if self._token_bytes is not None:
-            return ByteLevelDetokenizer(self._token_bytes)
+    def detokenizer(self, *, skip_special_tokens: bool = True, keep: Set[int] = frozenset()) -> Detokenizer:
+        """A fresh one for one answer; special tokens in `keep` have their text in any case."""
+        hidden = self._special_ids - keep if skip_special_tokens else frozenset()
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._bytes_without(hidden))
         return WindowDetokenizer(
-            lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
-            lambda token_id: token_id in self._vocab_ids and token_id not in self._special_ids,
+            lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+            lambda token_id: token_id in self._vocab_ids and token_id not in hidden,
         )
 
-    def text_of(self, token_ids: list[int]) -> str:
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for by itself, special ones included; nothing for an id that no token has."""
+        if self._byte_level:
+            return self._bytes_without(frozenset())[token_id]
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace("▁", " ").encode()
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token that is written exactly so."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def _bytes_without(self, hidden: Set[int]) -> TokenBytes:
+        found = self._token_bytes.get(hidden)
+        if found is None:
+            found = self._token_bytes[hidden] = TokenBytes(self._tokenizer, hidden)
+        return found
+
+    def text_of(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """The text of an answer, the same as if it had been streamed."""
-        detokenizer = self.detokenizer()
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.feed, token_ids)) + detokenizer.flush()
 
     def token_text(self, token_id: int) -> str | None:

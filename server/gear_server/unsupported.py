@@ -12,8 +12,6 @@ _OFF: tuple[Any, ...] = (False,)
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 
 BOTH: dict[str, tuple[Any, ...]] = {
-    "logprobs": _OFF,
-    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "structured_outputs": _EMPTY,
     "guided_json": (),
@@ -25,10 +23,6 @@ BOTH: dict[str, tuple[Any, ...]] = {
     "bad_words": _EMPTY,
     "allowed_token_ids": (),
     "logits_processors": _EMPTY,
-    "truncate_prompt_tokens": (),
-    "skip_special_tokens": (True,),
-    "return_token_ids": _OFF,
-    "return_tokens_as_token_ids": _OFF,
     "lora_request": (),
 }
 COMPLETIONS = BOTH | {
@@ -36,7 +30,6 @@ COMPLETIONS = BOTH | {
     "prompt_embeds": (),
 }
 CHAT = BOTH | {
-    "top_logprobs": (0,),
     "tools": _EMPTY,
     "tool_choice": ("none", "auto"),
     "functions": _EMPTY,

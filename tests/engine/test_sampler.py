@@ -22,7 +22,7 @@ def row(seed: int = 0, position: int = 0, prompt: list[int] = [], output: list[i
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int | None]:
-    return Sampler(logits.shape[-1], [EOS]).sample(logits, rows)
+    return Sampler(logits.shape[-1], [EOS]).sample(logits, rows).tokens
 
 
 def draws(logits: list[float], num_draws: int = 4000, **params) -> Counter[int | None]:
@@ -298,7 +298,7 @@ def test_no_end_is_drawn_before_min_tokens_and_one_may_be_drawn_after():
 def test_columns_beyond_the_vocabulary_are_no_tokens():
     padded = torch.zeros(100, V + 4)
     padded[:, V:] = 50.0
-    tokens = Sampler(V, [EOS]).sample(padded, [row(seed) for seed in range(99)] + [row(temperature=0.0)])
+    tokens = Sampler(V, [EOS]).sample(padded, [row(seed) for seed in range(99)] + [row(temperature=0.0)]).tokens
     assert all(token is not None and token < V for token in tokens)
 
 

@@ -22,6 +22,7 @@ from gear_engine.protocol import (
     RequestOutput,
     SamplingParams,
     StepReport,
+    TokenLogprobs,
     validate,
 )
 
@@ -35,6 +36,7 @@ class Submitted:
     cache_salt: str
     stream: RequestStream
     playing: asyncio.Task[None] | None = None
+    was_told: bool = False  # of its prompt's log-probabilities
 
 
 @dataclass
@@ -173,6 +175,19 @@ class ScriptedEngine:
         return self._output(request, new, None)
 
     def _output(self, request: Submitted, tokens: list[int], reason: str | None, **more: object) -> RequestOutput:
+        params = request.params
+        if params.logprobs is not None:
+            more["logprobs"] = [logprobs_of(token, params.logprobs) for token in tokens]
+        if params.prompt_logprobs is not None and tokens and not request.was_told:
+            more["prompt_logprobs"] = [logprobs_of(token, params.prompt_logprobs) for token in request.token_ids[1:]]
+            request.was_told = True
         return RequestOutput(
             request.request_id, tokens, finish_reason=reason, num_cached_tokens=self.num_cached_tokens, **more
         )  # type: ignore[arg-type]
+
+
+def logprobs_of(token: int, num_top: int) -> TokenLogprobs:
+    """What the scripted engine says of a token: it is the second likeliest, behind the one before it in the vocabulary,
+    and the likelier the lower its id."""
+    top = [(max(0, token - 1), -0.25), (token, -0.5 - token), *((i, -1000.0 - i) for i in range(num_top))]
+    return TokenLogprobs(-0.5 - token, 2, top[:num_top])
