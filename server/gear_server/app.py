@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from gear_engine.protocol import EngineDead, QueueFull, RequestError
 from gear_server import version
+from gear_server.api_document import document
 from gear_server.auth import RequireKey
 from gear_server.chat import chat_routes
 from gear_server.chat_template import load_chat_template
@@ -59,7 +60,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     app = FastAPI(
         title="GearServe",
         version=version(),
-        description="LLM inference from a compressed KV cache, with OpenAI's API.",
+        description="LLM inference from a compressed KV cache, with OpenAI's API and Anthropic's.",
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
@@ -80,6 +81,7 @@ def create_app(settings: Settings, engine: Engine) -> FastAPI:
     ):
         app.include_router(routes(context))
     app.include_router(page_routes())
+    document(app, with_keys=bool(settings.api_key))
     _handle_errors(app, context)
     return app
 

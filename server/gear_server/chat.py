@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gear_server.api_document import generating
 from gear_server.auth import cache_salt
 from gear_server.context import Context
 from gear_server.encoding import check_capacity, encode_chat
@@ -26,7 +27,7 @@ from gear_server.sse import Chunk
 def chat_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    @router.post("/v1/chat/completions", summary="Answer a conversation", responses=generating())
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         model = resolve_model(context, body.model)
         log_unknown(body)

@@ -22,6 +22,7 @@ from gear_server.anthropic_types import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from gear_server.api_document import AnthropicError, errors, generating
 from gear_server.chat import start_chat
 from gear_server.context import Context
 from gear_server.encoding import encode_chat
@@ -40,7 +41,7 @@ _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 def message_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["Anthropic"])
 
-    @router.post("/v1/messages", summary="Answer a conversation")
+    @router.post("/v1/messages", summary="Answer a conversation", responses=generating(AnthropicError))
     async def create_message(body: MessagesRequest, request: Request) -> Response:
         model = resolve_model(context, body.model)
         log_unknown(body)
@@ -53,7 +54,11 @@ def message_routes(context: Context) -> APIRouter:
             request, generation, lambda answers, usage: whole_message(message_id, model, answers[0], usage)
         )
 
-    @router.post("/v1/messages/count_tokens", summary="Count a conversation's tokens")
+    @router.post(
+        "/v1/messages/count_tokens",
+        summary="Count a conversation's tokens",
+        responses=errors(400, 401, 404, 413, 415, shape=AnthropicError),
+    )
     async def count_tokens(body: CountTokensRequest) -> Response:
         resolve_model(context, body.model)
         log_unknown(body)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gear_engine.protocol import FinishReason
+from gear_server.api_document import generating
 from gear_server.chat import start_chat
 from gear_server.context import Context
 from gear_server.errors import ApiError, renamed
@@ -40,7 +41,7 @@ _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_form
 def response_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/responses", summary="Answer a conversation")
+    @router.post("/v1/responses", summary="Answer a conversation", responses=generating())
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         model = resolve_model(context, body.model)
         log_unknown(body)
