@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import orjson
@@ -17,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gear_engine.protocol import RequestError
 
-RESERVED = frozenset({"messages", "add_generation_prompt", "raise_exception", "strftime_now"})
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -55,11 +56,17 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
+        self.source = source
+        self.uses_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(source))
+
+    def mentions(self, text: str) -> bool:
+        return text in self.source
 
     def render(
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: dict[str, Any] | None = None,
     ) -> str:
@@ -67,7 +74,7 @@ class ChatTemplate:
         extra = template_kwargs or {}
         if reserved := RESERVED & extra.keys():
             raise RequestError(f"chat_template_kwargs may not set {sorted(reserved)[0]}", "chat_template_kwargs")
-        variables = {"tools": None, "documents": None, **self._special_tokens, **extra}
+        variables = {"tools": tools, "documents": None, **self._special_tokens, **extra}
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except Exception as error:  # a template is a program: messages that it did not expect can raise anything

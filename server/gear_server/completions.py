@@ -23,6 +23,7 @@ from gear_server.openai_types import CompletionRequest
 from gear_server.respond import Answer, answer, log_unknown, new_id, resolve_model, usage_fields
 from gear_server.sampling import sampling_params
 from gear_server.sse import Chunk
+from gear_server.structured import grammar_of, wanted_shape
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -57,6 +58,8 @@ def completion_routes(context: Context) -> APIRouter:
 
 def _encode(context: Context, body: CompletionRequest) -> list[Prompt]:
     """Runs in a thread."""
+    shape = wanted_shape(body)
+    grammar = "" if shape is None else grammar_of(shape, special_id=context.tokenizer.special_id)
     prompts: list[Prompt] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
@@ -79,6 +82,7 @@ def _encode(context: Context, body: CompletionRequest) -> list[Prompt]:
                     max(1, max_tokens),
                     logprobs=_num_logprobs(body),
                     prompt_logprobs=_num_prompt_logprobs(body),
+                    grammar=grammar,
                 ),
                 echo=_text_of(context, whole, body) if body.echo else "",
                 echo_only=max_tokens == 0,

@@ -6,6 +6,7 @@ Called in threads: tokenising and templating never run on the event loop.
 from gear_engine.protocol import PromptTooLong, RequestError
 from gear_server.chat_template import ChatTemplate
 from gear_server.context import Context
+from gear_server.conversation import template_messages, template_tools
 from gear_server.openai_types import ChatRequest, Message, SamplingBody, TokenizeRequest
 
 
@@ -34,11 +35,34 @@ def truncated(context: Context, token_ids: list[int], body: SamplingBody, max_to
 
 
 def encode_chat(context: Context, body: ChatRequest | TokenizeRequest, messages: list[Message]) -> list[int]:
-    text = _template(context).render(
-        [message.model_dump() for message in messages],
-        add_generation_prompt=body.add_generation_prompt,
+    return encode_rendered(context, body, render_chat(context, body, messages))
+
+
+def render_chat(context: Context, body: ChatRequest | TokenizeRequest, messages: list[Message]) -> str:
+    """The text of the prompt. Raises `RequestError`."""
+    template, tools = _template(context), body.offered_tools
+    text = template.render(
+        template_messages(messages, tools, template),
+        tools=template_tools(tools),
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         template_kwargs=body.chat_template_kwargs,
     )
+    return _cut_after_final_message(text, messages[-1]) if body.continue_final_message else text
+
+
+def _cut_after_final_message(text: str, message: Message) -> str:
+    """Without what the template writes after the last message, so that the answer goes on with it."""
+    content = message.content or ""
+    for final in (content, content.strip()):  # templates may trim it
+        if final.strip() and (start := text.rfind(final)) >= 0:
+            return text[: start + len(final)]
+    raise RequestError(
+        "continue_final_message needs a last message with content that the chat template writes as it is",
+        "continue_final_message",
+    )
+
+
+def encode_rendered(context: Context, body: ChatRequest | TokenizeRequest, text: str) -> list[int]:
     return encode_text(
         context,
         text,

@@ -6,18 +6,23 @@ Knows token ids and text, not HTTP and not JSON. A `Generation` that is closed e
 import asyncio
 import logging
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Literal
 
 from gear_engine.client import RequestStream
 from gear_engine.protocol import EngineDead, FinishReason, RequestError, RequestOutput, SamplingParams, TokenLogprobs
+from gear_server.answer_reader import AnswerReader, Parts
 from gear_server.context import Context
 from gear_server.detokenizer import Detokenizer
 from gear_server.errors import GenerationFailed
 from gear_server.metrics import Metrics, Outcome
 from gear_server.sampling import for_choice
 from gear_server.stop_strings import StopStrings
+from gear_server.tool_calls import ToolCall
+
+EndReason = FinishReason | Literal["tool_calls"]
 
 logger = logging.getLogger("gear_server")
 
@@ -43,6 +48,7 @@ class Plan:
     include_stop: bool = False
     skip_special_tokens: bool = True
     keep_special_ids: Set[int] = frozenset()  # whose text is shown even so
+    make_reader: Callable[[], AnswerReader] | None = None  # of chats: tells reasoning, content and calls apart
     priority: int = 0
     cache_salt: str = ""
 
@@ -52,12 +58,14 @@ class Delta:
     """What one choice gained. `finish_reason` is in its last one, and only there."""
 
     index: int
-    text: str
-    finish_reason: FinishReason | None = None
+    text: str  # of a chat: its content, without reasoning and calls
+    finish_reason: EndReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token, as in vLLM; None for the model's own end
     token_ids: list[int] = field(default_factory=list)  # with the token that ended it, whose text is not in `text`
     logprobs: list[TokenLogprobs] | None = None  # of token_ids, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # in its first one, if asked for
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)  # what was added to them
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +90,7 @@ class Choice:
         self._eos_token_ids = context.engine.info.eos_token_ids
         self._pending = prompt.echo
         self._echo_only = prompt.echo_only
+        self._reader = None if plan.make_reader is None else plan.make_reader()
         self._detokenizer: Detokenizer = context.tokenizer.detokenizer(
             skip_special_tokens=plan.skip_special_tokens, keep=plan.keep_special_ids
         )
@@ -108,18 +117,33 @@ class Choice:
         text, self._pending = self._pending + self._read(output), ""
         num_new = self.num_tokens - before
         reason: FinishReason | None = "stop" if self._stops.matched is not None else output.finish_reason
+        parts = self._parts(text, ended=reason is not None)
         if reason is not None:
             self._finish(reason)
+        called = reason == "stop" and self._reader is not None and self._reader.num_calls > 0
         stop_token_id = None if output.stop_token_id in self._eos_token_ids else output.stop_token_id
         return Delta(
             self.index,
-            text,
-            reason,
+            parts.content,
+            "tool_calls" if called else reason,
             stop_token_id if self._stops.matched is None else self._stops.matched,
             output.token_ids[:num_new],
             None if output.logprobs is None else output.logprobs[:num_new],
             output.prompt_logprobs,
+            parts.reasoning,
+            parts.calls,
         )
+
+    def _parts(self, text: str, *, ended: bool) -> Parts:
+        if self._reader is None:
+            return Parts(content=text)
+        parts = self._reader.feed(text)
+        if ended:
+            last = self._reader.flush()
+            parts.reasoning += last.reasoning
+            parts.content += last.content
+            parts.calls += last.calls
+        return parts
 
     def leave(self, outcome: Outcome) -> None:
         """Have no more of it: what still runs is aborted. Does nothing to a choice that has ended."""
@@ -165,6 +189,7 @@ class Generation:
 
     def __init__(self, plan: Plan, context: Context) -> None:
         """Submits everything or nothing. Raises `RequestError`, `QueueFull` or `EngineDead`."""
+        self.plan = plan
         self._context = context
         self._arrived: asyncio.Queue[tuple[Choice, RequestOutput | EngineDead]] = asyncio.Queue()
         self.choices = [Choice(i, stream, plan, context) for i, stream in enumerate(_submit(plan, context))]

@@ -5,7 +5,7 @@ supported are refused (`unsupported.py`).
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 1024
 
 PromptInput = str | list[str] | list[int] | list[list[int]]
 Prompts = list[str] | list[list[int]]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -112,6 +113,64 @@ class StreamOptions(_Body):
     include_usage: Flag = Field(False, description="Send one more chunk at the end, with the usage of the request.")
 
 
+class JsonSchema(_Body):
+    name: str = Field("answer", max_length=256, description="A name for people.")
+    description: str | None = Field(None, max_length=65536, description="Accepted and not used.")
+    schema_: dict[str, Any] = Field(alias="schema", description="The JSON schema that the answer validates against.")
+    strict: Flag | None = Field(None, description="Accepted: every schema is followed strictly.")
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"] = Field(description="What the answer is.")
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
+
+
+class StructuredOutputs(_Body):
+    """vLLM's field: one of these."""
+
+    UNSUPPORTED = unsupported.STRUCTURED_OUTPUTS
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
+    regex: str | None = Field(None, min_length=1, max_length=65536, description="A regular expression.")
+    choice: Choices | None = Field(None, description="Texts, one of which is the answer.")
+    grammar: str | None = Field(None, min_length=1, max_length=262144, description="A grammar: Lark or GBNF.")
+    json_object: Flag = Field(False, description="Any JSON object.")
+
+
+class Function(_Body):
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="What calls name.")
+    description: str | None = Field(None, max_length=1048576, description="When and how to call it, for the model.")
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments; left out: none.")
+    strict: Flag | None = Field(None, description="Accepted; calls that are forced always validate.")
+
+
+class Tool(_Body):
+    type: Literal["function"] = Field(description="Only functions.")
+    function: Function = Field(description="The function.")
+
+
+class FunctionName(_Body):
+    name: str = Field(min_length=1, max_length=64, description="One of the tools.")
+
+
+class NamedTool(_Body):
+    type: Literal["function"] = Field("function", description="Only functions.")
+    function: FunctionName = Field(description="The function to call.")
+
+
+class CalledFunction(_Body):
+    name: str = Field(min_length=1, max_length=64, description="Which function was called.")
+    arguments: str = Field("{}", description="Its arguments, as JSON text.")
+
+
+class CalledTool(_Body):
+    """A call in an assistant's message."""
+
+    id: str = Field("", max_length=256, description="The call's id, which the tool's answer repeats.")
+    type: Literal["function"] = Field("function", description="Only functions.")
+    function: CalledFunction = Field(description="The call.")
+
+
 class SamplingBody(_Body):
     """What both routes share."""
 
@@ -152,6 +211,16 @@ class SamplingBody(_Body):
     )
     truncate_prompt_tokens: Int | None = Field(
         None, ge=-1, le=2**31 - 1, description="Keep that many tokens from the prompt's end; -1: as many as fit."
+    )
+    response_format: ResponseFormat | None = Field(None, description="JSON, or JSON of a schema.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="What the answer looks like, as in vLLM.")
+    guided_json: dict[str, Any] | str | None = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: str | None = Field(
+        None, min_length=1, max_length=65536, description="Older name of structured_outputs.regex."
+    )
+    guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: str | None = Field(
+        None, min_length=1, max_length=262144, description="Older name of structured_outputs.grammar."
     )
     user: Any = Field(None, description="Accepted and not used.")
 
@@ -207,9 +276,18 @@ class Message(_Body):
     UNSUPPORTED = unsupported.MESSAGE
 
     role: str = Field(min_length=1, max_length=64, description="system, user, assistant, or what the template knows.")
-    content: Annotated[str, BeforeValidator(_to_text, json_schema_input_type=str | list[dict[str, str]])] = Field(
-        description="Text, or a list of parts of type text."
+    content: Annotated[str | None, BeforeValidator(_to_text, json_schema_input_type=str | list[dict[str, str]])] = (
+        Field(None, description="Text, or a list of parts of type text. Only a message with tool_calls may lack it.")
     )
+    tool_calls: list[CalledTool] | None = Field(None, max_length=1024, description="Of the assistant.")
+    tool_call_id: str | None = Field(None, max_length=256, description="Of a tool's answer: which call it answers.")
+    reasoning_content: str | None = Field(None, description="Of the assistant, for templates that show it again.")
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        if self.content is None and not self.tool_calls:
+            raise RequestError("content is required, except beside tool_calls", "content")
+        return self
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
@@ -224,9 +302,48 @@ class ChatRequest(SamplingBody):
         0, ge=0, le=MAX_LOGPROBS, description="With logprobs: also those of that many likeliest tokens."
     )
     max_completion_tokens: Int | None = Field(None, ge=1, description="The newer name of max_tokens; wins over it.")
+    tools: list[Tool] = Field([], max_length=256, description="Functions that the model may ask to call.")
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description="Whether it calls: as it likes (auto, the default with tools), not, or certainly."
+    )
+    parallel_tool_calls: Flag = Field(True, description="Whether one answer may call several times.")
     add_generation_prompt: Flag = Field(True, description="Let the template open the assistant's turn.")
+    continue_final_message: Flag = Field(False, description="Go on with the last message instead of a new one.")
     add_special_tokens: Flag = Field(False, description="Templates write their special tokens themselves.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables for the model's chat template.")
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """Of which the answer must call one."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """That the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> "ChatRequest":
+        if self.tool_choice in (None, "none", "auto"):
+            return self
+        if not self.tools:
+            raise RequestError("tool_choice is only for requests with tools", "tool_choice")
+        if not self.forced_tools:
+            raise RequestError("tool_choice names a function that is not among the tools", "tool_choice")
+        return self
+
+    @model_validator(mode="after")
+    def _check_final_message(self) -> "ChatRequest":
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and self.model_fields_set >= {"add_generation_prompt"}
+        ):
+            message = "continue_final_message goes on with the last message: leave add_generation_prompt out"
+            raise RequestError(message, "continue_final_message")
+        return self
 
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> "ChatRequest":
@@ -243,8 +360,14 @@ class TokenizeRequest(_Body):
     messages: Messages | None = Field(None, description="A conversation to encode through the chat template.")
     add_special_tokens: Flag | None = Field(None, description="Default: true for a prompt, false for messages.")
     add_generation_prompt: Flag = Field(True, description="Let the template open the assistant's turn.")
+    continue_final_message: Flag = Field(False, description="Leave the last message open, to be gone on with.")
+    tools: list[Tool] = Field([], max_length=256, description="Functions that the model is told of.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables for the model's chat template.")
     return_token_strs: Flag = Field(False, description="Say each token as the vocabulary has it, too.")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return self.tools
 
     @model_validator(mode="after")
     def _check_one(self) -> "TokenizeRequest":

@@ -14,13 +14,14 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gear_engine.protocol import FinishReason, TokenLogprobs
+from gear_engine.protocol import TokenLogprobs
 from gear_server.context import Context
 from gear_server.disconnect import unless_disconnected
 from gear_server.errors import ApiError, GenerationFailed
-from gear_server.generate import Delta, Generation, Usage
+from gear_server.generate import Delta, EndReason, Generation, Usage
 from gear_server.openai_types import SamplingBody
 from gear_server.sse import Chunk, ChunkEvents, EventStream
+from gear_server.tool_calls import ToolCall, merge
 
 logger = logging.getLogger("gear_server")
 
@@ -31,11 +32,13 @@ class Answer:
 
     index: int
     pieces: list[str] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     def add(self, delta: Delta) -> None:
         self.pieces.append(delta.text)
@@ -44,6 +47,8 @@ class Answer:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        self.reasoning += delta.reasoning
+        merge(self.tool_calls, delta.tool_calls)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     @property

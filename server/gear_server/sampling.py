@@ -10,7 +10,12 @@ from gear_server.openai_types import SamplingBody
 
 
 def sampling_params(
-    body: SamplingBody, max_tokens: int, *, logprobs: int | None = None, prompt_logprobs: int | None = None
+    body: SamplingBody,
+    max_tokens: int,
+    *,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    grammar: str = "",
 ) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
@@ -28,6 +33,7 @@ def sampling_params(
         ignore_eos=body.ignore_eos,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

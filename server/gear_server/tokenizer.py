@@ -67,13 +67,10 @@ class TextTokenizer:
             return bytes.fromhex(byte[1])
         return piece.replace("▁", " ").encode()
 
-    def id_of(self, token: str) -> int | None:
-        """The id of a token that is written exactly so."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written exactly so; None if there is none."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
 
     def _bytes_without(self, hidden: Set[int]) -> TokenBytes:
         found = self._token_bytes.get(hidden)

@@ -12,12 +12,7 @@ _OFF: tuple[Any, ...] = (False,)
 _EMPTY: tuple[Any, ...] = ([], {}, "")
 
 BOTH: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": _EMPTY,
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "use_beam_search": _OFF,
     "length_penalty": (1, 1.0),
     "bad_words": _EMPTY,
@@ -25,13 +20,17 @@ BOTH: dict[str, tuple[Any, ...]] = {
     "logits_processors": _EMPTY,
     "lora_request": (),
 }
+STRUCTURED_OUTPUTS: dict[str, tuple[Any, ...]] = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_any_whitespace": _OFF,
+    "disable_additional_properties": _OFF,
+}
 COMPLETIONS = BOTH | {
     "suffix": _EMPTY,
     "prompt_embeds": (),
 }
 CHAT = BOTH | {
-    "tools": _EMPTY,
-    "tool_choice": ("none", "auto"),
     "functions": _EMPTY,
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -40,10 +39,9 @@ CHAT = BOTH | {
     "web_search_options": (),
     "documents": _EMPTY,
     "chat_template": (),
-    "continue_final_message": _OFF,
     "echo": _OFF,
 }
-MESSAGE: dict[str, tuple[Any, ...]] = {"tool_calls": _EMPTY, "function_call": (), "audio": ()}
+MESSAGE: dict[str, tuple[Any, ...]] = {"function_call": (), "audio": ()}
 
 MESSAGES: dict[str, tuple[Any, ...]] = {"mcp_servers": _EMPTY, "container": ()}  # Anthropic's
 RESPONSES: dict[str, tuple[Any, ...]] = {
