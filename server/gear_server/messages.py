@@ -31,7 +31,8 @@ from gear_server.generate import Delta, Generation, Usage
 from gear_server.json_body import JsonRoute
 from gear_server.openai_types import ChatRequest
 from gear_server.respond import Answer, answer_whole, json_response, log_unknown, refuse_aborted, resolve_model
-from gear_server.sse import EventStream, named_event
+from gear_server.sse import Chunk, EventStream, named_event
+from gear_server.tool_calls import ToolCall
 
 # What a chat request calls a field, and what the caller called it.
 _NAMES = {"stop": "stop_sequences", "continue_final_message": "messages", "response_format": "output_config"}
@@ -140,11 +141,72 @@ def _chat_tool_choice(choice: AnthropicToolChoice | None) -> dict[str, Any]:
     return {"tool_choice": tool_choice, "parallel_tool_calls": not choice.disable_parallel_tool_use}
 
 
+class ContentBlocks:
+    """What an answer consists of, as blocks: thinking, text, calls of tools; each grows until another begins."""
+
+    def __init__(self) -> None:
+        self.blocks: list[dict[str, Any]] = []
+        self._open = ""  # the kind of the last block while it may grow
+        self._arguments = ""  # of the call that it is, as text
+
+    def take(self, gained: Answer | Delta) -> list[Chunk]:
+        """Add to the blocks; the events that tell of it."""
+        refuse_aborted(gained.finish_reason)
+        events: list[Chunk] = []
+        if gained.reasoning:
+            events += self._grow("thinking", {"thinking": "", "signature": ""}, gained.reasoning)
+        if gained.text:
+            events += self._grow("text", {"text": ""}, gained.text)
+        for call in gained.tool_calls:
+            events += self._add_call(call)
+        if gained.finish_reason is not None:
+            if not self.blocks:  # an empty answer is an empty text
+                events += self._begin("text", {"text": ""})
+            events += self._end()
+        return events
+
+    def _grow(self, kind: str, empty: dict[str, Any], text: str) -> list[Chunk]:
+        begun = [] if self._open == kind else self._begin(kind, empty)
+        self.blocks[-1][kind] += text
+        return [*begun, self._delta({"type": f"{kind}_delta", kind: text})]
+
+    def _add_call(self, call: ToolCall) -> list[Chunk]:
+        """Id and name come with a call's first piece."""
+        begun = self._begin("tool_use", {"id": call.id, "name": call.name, "input": {}}) if call.id else []
+        self._arguments += call.arguments
+        grown = [self._delta({"type": "input_json_delta", "partial_json": call.arguments})] if call.arguments else []
+        return begun + grown
+
+    def _begin(self, kind: str, fields: dict[str, Any]) -> list[Chunk]:
+        ended = self._end() if self._open else []
+        self._open, self._arguments = kind, ""
+        self.blocks.append({"type": kind, **fields})
+        start = {
+            "type": "content_block_start",
+            "index": len(self.blocks) - 1,
+            "content_block": {"type": kind, **fields},
+        }
+        return [*ended, start]
+
+    def _end(self) -> list[Chunk]:
+        stop = {"type": "content_block_stop", "index": len(self.blocks) - 1}
+        if self._open == "tool_use":
+            try:
+                self.blocks[-1]["input"] = orjson.loads(self._arguments or "{}")
+            except orjson.JSONDecodeError:  # cut by max_tokens, as the stop reason says: not a call that can be made
+                self.blocks.pop()
+        self._open = ""
+        return [stop]
+
+    def _delta(self, delta: dict[str, Any]) -> Chunk:
+        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+
 def whole_message(message_id: str, model: str, answer: Answer, usage: Usage) -> dict[str, Any]:
-    refuse_aborted(answer.finish_reason)
-    ending = _ending(answer.finish_reason, answer.stop_reason)
-    content = [{"type": "text", "text": answer.text}]
-    return _message(message_id, model) | {"content": content, "usage": _usage_fields(usage), **ending}
+    content = ContentBlocks()
+    content.take(answer)
+    ending = _ending(answer)
+    return _message(message_id, model) | {"content": content.blocks, "usage": _usage_fields(usage), **ending}
 
 
 class MessageEvents:
@@ -153,7 +215,7 @@ class MessageEvents:
     def __init__(self, message_id: str, model: str, generation: Generation) -> None:
         self._id, self._model = message_id, model
         self._generation = generation
-        self._is_open = False  # the block of text
+        self._content = ContentBlocks()
         self._ending: dict[str, Any] = {}
 
     def opening(self) -> bytes:
@@ -162,7 +224,9 @@ class MessageEvents:
         return named_event({"type": "message_start", "message": message}) + named_event({"type": "ping"})
 
     def of(self, deltas: list[Delta]) -> bytes:
-        return b"".join(map(self._of_one, deltas))
+        if deltas and deltas[-1].finish_reason is not None:
+            self._ending = _ending(deltas[-1])
+        return b"".join(named_event(event) for delta in deltas for event in self._content.take(delta))
 
     def ending(self) -> bytes:
         usage = _usage_fields(self._generation.usage())
@@ -171,21 +235,6 @@ class MessageEvents:
 
     def failure(self, error: ApiError) -> bytes:
         return named_event(error.anthropic_body)
-
-    def _of_one(self, delta: Delta) -> bytes:
-        refuse_aborted(delta.finish_reason)
-        events = b""
-        if not self._is_open and (delta.text or delta.finish_reason is not None):  # an empty answer has a block too
-            self._is_open = True
-            block = {"type": "text", "text": ""}
-            events += named_event({"type": "content_block_start", "index": 0, "content_block": block})
-        if delta.text:
-            piece = {"type": "text_delta", "text": delta.text}
-            events += named_event({"type": "content_block_delta", "index": 0, "delta": piece})
-        if delta.finish_reason is not None:
-            events += named_event({"type": "content_block_stop", "index": 0})
-            self._ending = _ending(delta.finish_reason, delta.stop_reason)
-        return events
 
 
 def _message(message_id: str, model: str) -> dict[str, Any]:
@@ -200,11 +249,14 @@ def _message(message_id: str, model: str) -> dict[str, Any]:
     }
 
 
-def _ending(finish_reason: str | None, stop_reason: str | int | None) -> dict[str, Any]:
+_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def _ending(ended: Answer | Delta) -> dict[str, Any]:
     """A stop string that ended the answer is named; the model's own end is a turn's end."""
-    if isinstance(stop_reason, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
-    return {"stop_reason": "max_tokens" if finish_reason == "length" else "end_turn", "stop_sequence": None}
+    if isinstance(ended.stop_reason, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": ended.stop_reason}
+    return {"stop_reason": _STOP_REASONS.get(ended.finish_reason or "", "end_turn"), "stop_sequence": None}
 
 
 def _usage_fields(usage: Usage) -> dict[str, int]:

@@ -104,7 +104,7 @@ async def answer_whole(
         generation.close()
 
 
-def refuse_aborted(finish_reason: FinishReason | None) -> None:
+def refuse_aborted(finish_reason: EndReason | None) -> None:
     """For APIs that have no word for an answer cut short by the server: it failed, and may be asked for again."""
     if finish_reason == "abort":
         raise GenerationFailed(503, "the server is shutting down and cut this answer short", code="draining")

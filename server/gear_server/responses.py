@@ -12,7 +12,6 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gear_engine.protocol import FinishReason
 from gear_server.api_document import generating
 from gear_server.chat import start_chat
 from gear_server.context import Context
@@ -32,10 +31,12 @@ from gear_server.responses_types import (
     TextFormat,
     TextPart,
 )
-from gear_server.sse import EventStream, named_event
+from gear_server.sse import Chunk, EventStream, named_event
+from gear_server.tool_calls import ToolCall
 
 # What a chat request calls a field, and what the caller called it.
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 
 def response_routes(context: Context) -> APIRouter:
@@ -67,7 +68,7 @@ def to_chat(body: ResponsesRequest) -> ChatRequest:
         "priority": body.priority,
         "cache_salt": body.cache_salt,
     }
-    if body.tools:
+    if body.tools or body.tool_choice not in ("auto", "none"):
         fields["tools"] = [_chat_tool(tool) for tool in body.tools]
         fields["tool_choice"] = _chat_tool_choice(body.tool_choice)
         fields["parallel_tool_calls"] = body.parallel_tool_calls
@@ -118,7 +119,6 @@ class ResponseFormat:
 
     def __init__(self, body: ResponsesRequest, model: str) -> None:
         self.id = f"resp_{uuid.uuid4().hex}"
-        self.message_id = f"msg_{uuid.uuid4().hex}"
         self._asked = {
             "id": self.id,
             "object": "response",
@@ -142,90 +142,137 @@ class ResponseFormat:
             self._asked["text"] |= body.text.model_dump(exclude_unset=True, by_alias=True)
 
     def whole(self, answers: list[Answer], usage: Usage) -> dict[str, Any]:
-        refuse_aborted(answers[0].finish_reason)
-        return self.ended(answers[0].text, answers[0].finish_reason, usage)
+        output = OutputItems()
+        output.take(answers[0])
+        return self.ended(output, usage)
 
     def begun(self) -> dict[str, Any]:
         return self._response("in_progress")
 
-    def ended(self, text: str, finish_reason: FinishReason | None, usage: Usage) -> dict[str, Any]:
-        status = status_of(finish_reason)
-        more: dict[str, Any] = {"output": [self.message(status, text)], "usage": _usage_fields(usage)}
-        if status == "incomplete":
+    def ended(self, output: "OutputItems", usage: Usage) -> dict[str, Any]:
+        more: dict[str, Any] = {"output": output.items, "usage": _usage_fields(usage)}
+        if output.status == "incomplete":
             more["incomplete_details"] = {"reason": "max_output_tokens"}
-        return self._response(status, **more)
+        return self._response(output.status, **more)
 
     def failed(self, error: ApiError) -> dict[str, Any]:
         return self._response("failed", error={"code": "server_error", "message": error.message})
-
-    def message(self, status: str, text: str | None) -> dict[str, Any]:
-        """An item of the output; without a text it has no content yet."""
-        content = [] if text is None else [output_text(text)]
-        return {"id": self.message_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _response(self, status: str, **more: Any) -> dict[str, Any]:
         known: dict[str, Any] = {"error": None, "incomplete_details": None, "output": [], "usage": None}
         return self._asked | {"status": status} | known | more
 
 
+class OutputItems:
+    """What an answer consists of, as items: reasoning, a message, calls of functions; each grows until another
+    begins."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+        self.status = "in_progress"
+        self._open = ""  # the type of the last item while it may grow
+
+    def take(self, gained: Answer | Delta) -> list[Chunk]:
+        """Add to the items; the events that tell of it."""
+        refuse_aborted(gained.finish_reason)
+        events: list[Chunk] = []
+        if gained.reasoning:
+            events += self._grow("reasoning", gained.reasoning)
+        if gained.text:
+            events += self._grow("message", gained.text)
+        for call in gained.tool_calls:
+            events += self._add_call(call)
+        if gained.finish_reason is not None:
+            if not self.items:  # an empty answer is an empty message
+                events += self._begin_text("message")
+            self.status = "incomplete" if gained.finish_reason == "length" else "completed"
+            events += self._end(self.status)
+        return events
+
+    def _grow(self, kind: str, text: str) -> list[Chunk]:
+        begun = [] if self._open == kind else self._begin_text(kind)
+        part = self.items[-1]["content"][0]
+        part["text"] += text
+        more: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+        return [*begun, self._event(f"response.{part['type']}.delta", content_index=0, delta=text, **more)]
+
+    def _begin_text(self, kind: str) -> list[Chunk]:
+        item = {"id": f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", "content": []}
+        more: dict[str, Any] = {"role": "assistant"}
+        part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        if kind == "reasoning":
+            more, part = {"summary": []}, {"type": "reasoning_text", "text": ""}
+        begun = self._begin(item | more)
+        self.items[-1]["content"] = [part]
+        return [*begun, self._event("response.content_part.added", content_index=0, part=dict(part))]
+
+    def _add_call(self, call: ToolCall) -> list[Chunk]:
+        """Id and name come with a call's first piece."""
+        events: list[Chunk] = []
+        if call.id:
+            item_id = f"{_PREFIXES['function_call']}_{uuid.uuid4().hex}"
+            item = {"id": item_id, "type": "function_call", "status": "in_progress", "arguments": ""}
+            events += self._begin(item | {"call_id": call.id, "name": call.name})
+        if call.arguments:
+            self.items[-1]["arguments"] += call.arguments
+            events.append(self._event("response.function_call_arguments.delta", delta=call.arguments))
+        return events
+
+    def _begin(self, item: dict[str, Any]) -> list[Chunk]:
+        ended = self._end("completed") if self._open else []
+        self._open = item["type"]
+        self.items.append(item)
+        added = {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": dict(item)}
+        return [*ended, added]
+
+    def _end(self, status: str) -> list[Chunk]:
+        """The last item is whole now."""
+        item = self.items[-1]
+        item["status"] = status
+        self._open = ""
+        if item["type"] == "function_call":
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            events = [self._event("response.function_call_arguments.done", **told)]
+        else:
+            part = item["content"][0]
+            more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
+            text_done = self._event(f"response.{part['type']}.done", content_index=0, text=part["text"], **more)
+            events = [text_done, self._event("response.content_part.done", content_index=0, part=part)]
+        done = {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
+        return [*events, done]
+
+    def _event(self, kind: str, **fields: Any) -> Chunk:
+        """About the last item."""
+        return {"type": kind, "item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
+
+
 class ResponseEvents:
-    """response.created and in_progress, then an item that is added, grows and is done, then the response again."""
+    """response.created and in_progress, then items that are added, grow and are done, then the response again."""
 
     def __init__(self, form: ResponseFormat, generation: Generation) -> None:
         self._form = form
         self._generation = generation
+        self._output = OutputItems()
         self._numbers = count()
-        self._is_open = False  # the item
-        self._pieces: list[str] = []
-        self._finish_reason: FinishReason | None = None
 
     def opening(self) -> bytes:
         begun = self._form.begun()
-        return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+        return b"".join(
+            self._numbered({"type": kind, "response": begun}) for kind in ("response.created", "response.in_progress")
+        )
 
     def of(self, deltas: list[Delta]) -> bytes:
-        return b"".join(map(self._of_one, deltas))
+        return b"".join(self._numbered(event) for delta in deltas for event in self._output.take(delta))
 
     def ending(self) -> bytes:
-        response = self._form.ended("".join(self._pieces), self._finish_reason, self._generation.usage())
-        return self._event(f"response.{response['status']}", response=response)
+        response = self._form.ended(self._output, self._generation.usage())
+        return self._numbered({"type": f"response.{response['status']}", "response": response})
 
     def failure(self, error: ApiError) -> bytes:
-        return self._event("response.failed", response=self._form.failed(error))
+        return self._numbered({"type": "response.failed", "response": self._form.failed(error)})
 
-    def _of_one(self, delta: Delta) -> bytes:
-        refuse_aborted(delta.finish_reason)
-        events = b""
-        if not self._is_open and (delta.text or delta.finish_reason is not None):  # an empty answer has an item too
-            self._is_open = True
-            item = self._form.message("in_progress", None)
-            events += self._event("response.output_item.added", output_index=0, item=item)
-            events += self._part_event("response.content_part.added", part=output_text(""))
-        if delta.text:
-            self._pieces.append(delta.text)
-            events += self._part_event("response.output_text.delta", delta=delta.text, logprobs=[])
-        if delta.finish_reason is not None:
-            self._finish_reason = delta.finish_reason
-            text = "".join(self._pieces)
-            events += self._part_event("response.output_text.done", text=text, logprobs=[])
-            events += self._part_event("response.content_part.done", part=output_text(text))
-            item = self._form.message(status_of(delta.finish_reason), text)
-            events += self._event("response.output_item.done", output_index=0, item=item)
-        return events
-
-    def _part_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._form.message_id, output_index=0, content_index=0, **fields)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        return named_event({"type": kind, "sequence_number": next(self._numbers), **fields})
-
-
-def output_text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def status_of(finish_reason: FinishReason | None) -> str:
-    return "incomplete" if finish_reason == "length" else "completed"
+    def _numbered(self, event: Chunk) -> bytes:
+        return named_event(event | {"sequence_number": next(self._numbers)})
 
 
 def _usage_fields(usage: Usage) -> dict[str, Any]:

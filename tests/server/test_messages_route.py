@@ -140,7 +140,14 @@ async def test_system_blocks_and_results_of_tools_become_messages(
     ]
     response = await client.post("/v1/messages", json=BODY | {"system": [text], "messages": messages})
     assert response.status_code == 200, response.text
-    parts = ["<system>one", "<user>one\ntwo", "<assistant>one", "<tool>42", "<user>and?", "<assistant>"]
+    parts = [
+        "<system>one",
+        "<user>one\ntwo",
+        "<assistant>one",
+        "<user><tool_response>\n42\n</tool_response>",
+        "<user>and?",
+        "<assistant>",
+    ]
     assert prompt_of(engine) == "<|end|>".join(parts)
 
 

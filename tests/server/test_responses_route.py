@@ -93,7 +93,15 @@ async def test_items_become_messages(client: httpx.AsyncClient, engine: Scripted
     response = await client.post("/v1/responses", json={"input": items, "instructions": "Be kind."})
     assert response.status_code == 200, response.text
     text = engine.tokenizer.decode(engine.submitted[0].token_ids, skip_special_tokens=False)
-    assert text == "<|end|>".join(["<system>Be kind.", "<user>one\ntwo", "<assistant>three", "<tool>42", "<assistant>"])
+    assert text == "<|end|>".join(
+        [
+            "<system>Be kind.",
+            "<user>one\ntwo",
+            "<assistant>three",
+            "<user><tool_response>\n42\n</tool_response>",
+            "<assistant>",
+        ]
+    )
 
 
 async def test_an_error_in_a_stream_is_one_last_event(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
