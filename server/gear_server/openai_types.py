@@ -20,6 +20,7 @@ Number = Annotated[float, Field(strict=True)]
 TokenIds = Annotated[list[Int], Field(fail_fast=True)]
 
 MAX_CHOICES = 128
+MAX_TOKENS = 2**31 - 1
 MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -178,7 +179,7 @@ class SamplingBody(_Body):
     stream: Flag = Field(False, description="Answer with server-sent events, ended by data: [DONE].")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     n: Int = Field(1, ge=1, le=MAX_CHOICES, description="Answers for each prompt, drawn independently.")
-    max_tokens: Int | None = Field(None, ge=1, description="The longest answer, in tokens.")
+    max_tokens: Int | None = Field(None, ge=1, le=MAX_TOKENS, description="The longest answer, in tokens.")
     temperature: Number = Field(1.0, ge=0, le=100, description="0 always takes the likeliest token.")
     top_p: Number = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that make up this share.")
     top_k: Int = Field(0, ge=-1, le=2**31 - 1, description="Draw from that many likeliest tokens; 0 or -1: all.")
@@ -195,7 +196,7 @@ class SamplingBody(_Body):
     )
     stop_token_ids: TokenIds = Field([], max_length=1024, description="Tokens that end the answer.")
     include_stop_str_in_output: Flag = Field(False, description="Leave the text or token that ended it in the answer.")
-    min_tokens: Int = Field(0, ge=0, description="Nothing ends the answer before that many tokens.")
+    min_tokens: Int = Field(0, ge=0, le=MAX_TOKENS, description="Nothing ends the answer before that many tokens.")
     ignore_eos: Flag = Field(False, description="Go on after the model's end-of-sequence token.")
     priority: Int32 = Field(0, description="Lower runs first.")
     cache_salt: str = Field("", max_length=1024, description="Share cached prompts only with requests of this salt.")
@@ -241,7 +242,9 @@ class CompletionRequest(SamplingBody):
     prompt: Annotated[Prompts, PlainValidator(_to_prompts, json_schema_input_type=PromptInput)] = Field(
         description="Text or token ids; several prompts are answered as several choices."
     )
-    max_tokens: Int | None = Field(None, ge=0, description="The longest answer, in tokens; 0 only with echo.")
+    max_tokens: Int | None = Field(
+        None, ge=0, le=MAX_TOKENS, description="The longest answer, in tokens; 0 only with echo."
+    )
     echo: Flag = Field(False, description="Begin each answer with its prompt.")
     logprobs: Annotated[int | None, BeforeValidator(_false_is_none)] = Field(
         None,
@@ -301,7 +304,9 @@ class ChatRequest(SamplingBody):
     top_logprobs: Int = Field(
         0, ge=0, le=MAX_LOGPROBS, description="With logprobs: also those of that many likeliest tokens."
     )
-    max_completion_tokens: Int | None = Field(None, ge=1, description="The newer name of max_tokens; wins over it.")
+    max_completion_tokens: Int | None = Field(
+        None, ge=1, le=MAX_TOKENS, description="The newer name of max_tokens; wins over it."
+    )
     tools: list[Tool] = Field([], max_length=256, description="Functions that the model may ask to call.")
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
         None, description="Whether it calls: as it likes (auto, the default with tools), not, or certainly."
