@@ -33,6 +33,8 @@ def run(url: str, *command: str) -> str:
             ],
         ),
         ("anthropic_client.py", ["tokens: 27\nThe capital of France is Paris.\nend_turn 27 8"]),
+        ("tools.py", ["the model calls: get_weather {'city': 'Paris'}", "the model answers: "]),
+        ("json_schema.py", ["schema: name='Paris' country='France' is_capital=True", "choice: yes", "pattern: Tokyo"]),
         ("langchain_chat.py", ["invoke: The capital of France is Paris.", "stream: The capital of Japan is Tokyo."]),
     ],
 )
@@ -67,7 +69,7 @@ def test_every_example_is_listed_and_run() -> None:
     listed = (EXAMPLES / "README.md").read_text()
     tested = Path(__file__).read_text()
     names = [path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".mjs", ".sh")]
-    assert len(names) >= 5
+    assert len(names) >= 7
     for name in names:
         assert f"`{name}`" in listed
         assert f'"{name}"' in tested
