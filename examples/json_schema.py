@@ -32,7 +32,7 @@ print("schema:", answer.choices[0].message.parsed)
 
 for name, question, wanted in (
     ("choice", "Is Paris the capital of France?", {"choice": ["yes", "no"]}),
-    ("pattern", "What is the capital of Japan?", {"regex": "[A-Z][a-z]{2,15}"}),
+    ("pattern", "What is the capital of Japan?", {"regex": r"The capital of Japan is [A-Z][a-z]{2,12}\."}),
 ):
     answer = client.chat.completions.create(
         model=model,

@@ -9,26 +9,26 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from gear_server import unsupported
-from gear_server.openai_types import Flag, Int, Int32, Int64, Number, _Body
+from gear_server.body import Body, Flag, Int, Int32, Int64, Number
 
 
-class TextBlock(_Body):
+class TextBlock(Body):
     type: Literal["text"] = Field(description="A piece of text.")
     text: str = Field(description="The text.")
 
 
-class ThinkingBlock(_Body):
+class ThinkingBlock(Body):
     type: Literal["thinking", "redacted_thinking"] = Field(description="From an earlier answer; models do not see it.")
 
 
-class ToolUseBlock(_Body):
+class ToolUseBlock(Body):
     type: Literal["tool_use"] = Field(description="A call that the assistant made.")
     id: str = Field(min_length=1, max_length=256, description="What the result refers to.")
     name: str = Field(min_length=1, max_length=256, description="The tool.")
     input: dict[str, Any] = Field(description="Its arguments.")
 
 
-class ToolResultBlock(_Body):
+class ToolResultBlock(Body):
     type: Literal["tool_result"] = Field(description="What a tool answered.")
     tool_use_id: str = Field(min_length=1, max_length=256, description="The call that it answers.")
     content: "TextBlocks" = Field([], description="Text, or a list of blocks of type text.")
@@ -61,40 +61,40 @@ Blocks = Annotated[list[Block], BeforeValidator(_to_blocks, json_schema_input_ty
 TextBlocks = Annotated[list[TextBlock], BeforeValidator(_to_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
-class AnthropicMessage(_Body):
+class AnthropicMessage(Body):
     role: Literal["user", "assistant", "system"] = Field(description="Who speaks.")
     content: Blocks = Field(description="Text, or a list of blocks.")
 
 
-class AnthropicTool(_Body):
+class AnthropicTool(Body):
     type: Literal["custom"] = Field("custom", description="Tools that Anthropic runs are not served.")
     name: str = Field(min_length=1, max_length=256, description="What the model calls it.")
     description: str = Field("", description="What the model is told about it.")
     input_schema: dict[str, Any] = Field(description="JSON schema of its arguments.")
 
 
-class AnthropicToolChoice(_Body):
+class AnthropicToolChoice(Body):
     type: Literal["auto", "any", "tool", "none"] = Field(description="Whether tools may or must be called.")
     name: str | None = Field(None, description="The tool, with type tool.")
     disable_parallel_tool_use: Flag = Field(False, description="At most one call in an answer.")
 
 
-class Thinking(_Body):
+class Thinking(Body):
     type: Literal["enabled", "disabled", "adaptive"] = Field(description="Adaptive leaves it to the model.")
     budget_tokens: Int | None = Field(None, ge=1, description="Accepted and not used: max_tokens limits both.")
 
 
-class OutputFormat(_Body):
+class OutputFormat(Body):
     type: Literal["json_schema"] = Field(description="The only format there is.")
     json_schema: dict[str, Any] = Field(alias="schema", description="What the answer's JSON satisfies.")
 
 
-class OutputConfig(_Body):
+class OutputConfig(Body):
     format: OutputFormat | None = Field(None, description="Left out: free text.")
     effort: Any = Field(None, description="Accepted and not used.")
 
 
-class CountTokensRequest(_Body):
+class CountTokensRequest(Body):
     """What makes a prompt."""
 
     UNSUPPORTED = unsupported.MESSAGES

@@ -20,7 +20,8 @@ from gear_server.encoding import check_capacity, encode_rendered, render_chat, t
 from gear_server.generate import Delta, Generation, Plan, Prompt, Usage
 from gear_server.json_body import JsonRoute
 from gear_server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from gear_server.openai_types import ChatRequest, NamedTool
+from gear_server.message_types import NamedTool
+from gear_server.openai_types import ChatRequest
 from gear_server.respond import Answer, answer, log_unknown, new_id, resolve_model, usage_fields
 from gear_server.sampling import sampling_params
 from gear_server.sse import Chunk

@@ -9,7 +9,7 @@ from typing import Any
 
 from gear_engine.protocol import RequestError
 from gear_server.chat_template import ChatTemplate
-from gear_server.openai_types import CalledTool, Message, Tool
+from gear_server.message_types import CalledTool, Message, Tool
 
 _TOOL_PROMPT = """# Tools
 

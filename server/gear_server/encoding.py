@@ -7,7 +7,8 @@ from gear_engine.protocol import PromptTooLong, RequestError
 from gear_server.chat_template import ChatTemplate
 from gear_server.context import Context
 from gear_server.conversation import template_messages, template_tools
-from gear_server.openai_types import ChatRequest, Message, SamplingBody, TokenizeRequest
+from gear_server.message_types import Message
+from gear_server.openai_types import ChatRequest, SamplingBody, TokenizeRequest
 
 
 def encode_text(

@@ -4,20 +4,15 @@ null means the default. Fields that are unknown are kept aside (`model_extra`), 
 supported are refused (`unsupported.py`).
 """
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from gear_engine.protocol import MAX_LOGPROBS, RequestError
 from gear_server import unsupported
-
-Int = Annotated[int, Field(strict=True)]  # no "5", no true, no 5.0
-Int32 = Annotated[Int, Field(ge=-(2**31), le=2**31 - 1)]
-Int64 = Annotated[Int, Field(ge=-(2**63), le=2**63 - 1)]
-Flag = Annotated[bool, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
-TokenIds = Annotated[list[Int], Field(fail_fast=True)]
+from gear_server.body import Body, Flag, Int, Int32, Int64, Number, TokenIds
+from gear_server.message_types import Messages, NamedTool, Tool, ToolChoice
+from gear_server.structured_types import Choices, ResponseFormat, Schema, StructuredOutputs
 
 MAX_CHOICES = 128
 MAX_TOKENS = 2**31 - 1
@@ -27,7 +22,6 @@ MAX_STOP_CHARS = 1024
 
 PromptInput = str | list[str] | list[int] | list[list[int]]
 Prompts = list[str] | list[list[int]]
-Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -73,106 +67,16 @@ def _to_logit_bias(value: Any) -> dict[int, float]:
     return biases
 
 
-def _to_text(value: Any) -> str:
-    """Message content: text, or parts of type text, which are joined by line breaks as in vLLM."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of parts")
-    texts: list[str] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise ValueError(f"parts of type {kind[:40]!r} are not supported yet, only text")
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise ValueError('each part must look like {"type": "text", "text": "…"}')
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def _false_is_none(value: Any) -> Any:
     """logprobs: false is the chat's way to ask for none."""
     return None if value is False else value
 
 
-class _Body(BaseModel):
-    """Drops nulls, refuses what is not supported, keeps what is unknown."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-    UNSUPPORTED: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        unsupported.refuse_unsupported(value, cls.UNSUPPORTED)
-        return {name: field for name, field in value.items() if field is not None}
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: Flag = Field(False, description="Send one more chunk at the end, with the usage of the request.")
 
 
-class JsonSchema(_Body):
-    name: str = Field("answer", max_length=256, description="A name for people.")
-    description: str | None = Field(None, max_length=65536, description="Accepted and not used.")
-    schema_: dict[str, Any] = Field(alias="schema", description="The JSON schema that the answer validates against.")
-    strict: Flag | None = Field(None, description="Accepted: every schema is followed strictly.")
-
-
-class ResponseFormat(_Body):
-    type: Literal["text", "json_object", "json_schema"] = Field(description="What the answer is.")
-    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
-
-
-class StructuredOutputs(_Body):
-    """vLLM's field: one of these."""
-
-    UNSUPPORTED = unsupported.STRUCTURED_OUTPUTS
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema, or its text.")
-    regex: str | None = Field(None, min_length=1, max_length=65536, description="A regular expression.")
-    choice: Choices | None = Field(None, description="Texts, one of which is the answer.")
-    grammar: str | None = Field(None, min_length=1, max_length=262144, description="A grammar: Lark or GBNF.")
-    json_object: Flag = Field(False, description="Any JSON object.")
-
-
-class Function(_Body):
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$", description="What calls name.")
-    description: str | None = Field(None, max_length=1048576, description="When and how to call it, for the model.")
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments; left out: none.")
-    strict: Flag | None = Field(None, description="Accepted; calls that are forced always validate.")
-
-
-class Tool(_Body):
-    type: Literal["function"] = Field(description="Only functions.")
-    function: Function = Field(description="The function.")
-
-
-class FunctionName(_Body):
-    name: str = Field(min_length=1, max_length=64, description="One of the tools.")
-
-
-class NamedTool(_Body):
-    type: Literal["function"] = Field("function", description="Only functions.")
-    function: FunctionName = Field(description="The function to call.")
-
-
-class CalledFunction(_Body):
-    name: str = Field(min_length=1, max_length=64, description="Which function was called.")
-    arguments: str = Field("{}", description="Its arguments, as JSON text.")
-
-
-class CalledTool(_Body):
-    """A call in an assistant's message."""
-
-    id: str = Field("", max_length=256, description="The call's id, which the tool's answer repeats.")
-    type: Literal["function"] = Field("function", description="Only functions.")
-    function: CalledFunction = Field(description="The call.")
-
-
-class SamplingBody(_Body):
+class SamplingBody(Body):
     """What both routes share."""
 
     model: str | None = Field(None, description="A served model; left out, it is the only one.")
@@ -215,7 +119,7 @@ class SamplingBody(_Body):
     )
     response_format: ResponseFormat | None = Field(None, description="JSON, or JSON of a schema.")
     structured_outputs: StructuredOutputs | None = Field(None, description="What the answer looks like, as in vLLM.")
-    guided_json: dict[str, Any] | str | None = Field(None, description="Older name of structured_outputs.json.")
+    guided_json: Schema | None = Field(None, description="Older name of structured_outputs.json.")
     guided_regex: str | None = Field(
         None, min_length=1, max_length=65536, description="Older name of structured_outputs.regex."
     )
@@ -275,27 +179,6 @@ class CompletionRequest(SamplingBody):
         return self
 
 
-class Message(_Body):
-    UNSUPPORTED = unsupported.MESSAGE
-
-    role: str = Field(min_length=1, max_length=64, description="system, user, assistant, or what the template knows.")
-    content: Annotated[str | None, BeforeValidator(_to_text, json_schema_input_type=str | list[dict[str, str]])] = (
-        Field(None, description="Text, or a list of parts of type text. Only a message with tool_calls may lack it.")
-    )
-    tool_calls: list[CalledTool] | None = Field(None, max_length=1024, description="Of the assistant.")
-    tool_call_id: str | None = Field(None, max_length=256, description="Of a tool's answer: which call it answers.")
-    reasoning_content: str | None = Field(None, description="Of the assistant, for templates that show it again.")
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "Message":
-        if self.content is None and not self.tool_calls:
-            raise RequestError("content is required, except beside tool_calls", "content")
-        return self
-
-
-Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
-
-
 class ChatRequest(SamplingBody):
     UNSUPPORTED = unsupported.CHAT
 
@@ -308,7 +191,7 @@ class ChatRequest(SamplingBody):
         None, ge=1, le=MAX_TOKENS, description="The newer name of max_tokens; wins over it."
     )
     tools: list[Tool] = Field([], max_length=256, description="Functions that the model may ask to call.")
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoice | None = Field(
         None, description="Whether it calls: as it likes (auto, the default with tools), not, or certainly."
     )
     parallel_tool_calls: Flag = Field(True, description="Whether one answer may call several times.")
@@ -357,7 +240,7 @@ class ChatRequest(SamplingBody):
         return self
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """With `prompt` or with `messages`."""
 
     model: str | None = Field(None, description="A served model; left out, it is the only one.")
@@ -381,6 +264,6 @@ class TokenizeRequest(_Body):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     model: str | None = Field(None, description="A served model; left out, it is the only one.")
     tokens: TokenIds = Field(description="Token ids to turn into text.")

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from gear_server import unsupported
-from gear_server.openai_types import Flag, Int, Int32, Int64, Number, _Body
+from gear_server.body import Body, Flag, Int, Int32, Int64, Number
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["input_text", "output_text", "text"] = Field(description="A piece of text.")
     text: str = Field(description="The text.")
 
@@ -34,26 +34,26 @@ def _to_parts(value: Any) -> Any:
 TextParts = Annotated[list[TextPart], BeforeValidator(_to_parts, json_schema_input_type=str | list[TextPart])]
 
 
-class MessageItem(_Body):
+class MessageItem(Body):
     type: Literal["message"] = Field("message", description="A message; left out, an item is one.")
     role: Literal["user", "assistant", "system", "developer"] = Field(description="Who speaks.")
     content: TextParts = Field(description="Text, or a list of parts.")
 
 
-class FunctionCallItem(_Body):
+class FunctionCallItem(Body):
     type: Literal["function_call"] = Field(description="A call that the assistant made.")
     call_id: str = Field(min_length=1, max_length=256, description="What the result refers to.")
     name: str = Field(min_length=1, max_length=256, description="The function.")
     arguments: str = Field(description="Its arguments, as JSON.")
 
 
-class FunctionOutputItem(_Body):
+class FunctionOutputItem(Body):
     type: Literal["function_call_output"] = Field(description="What a function answered.")
     call_id: str = Field(min_length=1, max_length=256, description="The call that it answers.")
     output: TextParts = Field(description="Text, or a list of parts.")
 
 
-class ReasoningItem(_Body):
+class ReasoningItem(Body):
     type: Literal["reasoning"] = Field(description="From an earlier answer; models do not see it.")
 
 
@@ -90,7 +90,7 @@ Items = Annotated[
 ]
 
 
-class FunctionTool(_Body):
+class FunctionTool(Body):
     type: Literal["function"] = Field(description="Tools that OpenAI runs are not served.")
     name: str = Field(min_length=1, max_length=256, description="What the model calls it.")
     description: str = Field("", description="What the model is told about it.")
@@ -98,24 +98,24 @@ class FunctionTool(_Body):
     strict: Flag = Field(False, description="Let the arguments satisfy the schema.")
 
 
-class NamedFunction(_Body):
+class NamedFunction(Body):
     type: Literal["function"] = Field(description="The only kind there is.")
     name: str = Field(min_length=1, max_length=256, description="The function that must be called.")
 
 
-class TextFormat(_Body):
+class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"] = Field(description="Free text, JSON, or JSON of a schema.")
     name: str = Field("answer", min_length=1, max_length=256, description="A name for the schema.")
     json_schema: dict[str, Any] | None = Field(None, alias="schema", description="With type json_schema.")
     strict: Flag = Field(False, description="Accepted: the answer always satisfies the schema.")
 
 
-class TextConfig(_Body):
+class TextConfig(Body):
     format: TextFormat | None = Field(None, description="Left out: free text.")
     verbosity: Any = Field(None, description="Accepted and not used.")
 
 
-class ResponsesRequest(_Body):
+class ResponsesRequest(Body):
     UNSUPPORTED = unsupported.RESPONSES
 
     model: str | None = Field(None, description="A served model; left out, it is the only one.")

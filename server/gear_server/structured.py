@@ -14,7 +14,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from gear_engine.protocol import RequestError
 from gear_server.answer_reader import CLOSE, OPEN
-from gear_server.openai_types import SamplingBody, Tool
+from gear_server.message_types import Tool
+from gear_server.openai_types import SamplingBody
 from gear_server.tool_calls import MISTRAL, ToolStyle
 
 MAX_GRAMMAR_CHARS = 256 * 1024

@@ -4,11 +4,12 @@ Knows text alone: pieces of content and of calls come out as soon as they are ce
 whole one are read by the same code.
 """
 
-import json
 import re
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field
+
+from gear_server.call_object import CallObject
 
 _WORD = re.compile(r"[\w.-]+")
 
@@ -86,7 +87,7 @@ class ToolCallReader:
         self._in_text = True
         self._began = False  # content or a call has been seen
         self._pending = ""  # as written: the opener and what belongs to it, to be given back if no call follows
-        self._call: _CallObject | None = None
+        self._call: CallObject | None = None
 
     def feed(self, text: str) -> Read:
         self._text += text
@@ -152,7 +153,7 @@ class ToolCallReader:
             return False
         if rest.startswith("{"):
             self._pending += skipped
-            self._text, self._call = rest, _CallObject(style.arguments)
+            self._text, self._call = rest, CallObject(style.arguments)
             return True
         if style.closer and not self._pending and style.closer.startswith(rest[: len(style.closer)]):
             if len(rest) < len(style.closer):
@@ -179,14 +180,14 @@ class ToolCallReader:
         after = rest[len(name) :]
         body = after.removeprefix("[ARGS]").lstrip()
         if body.startswith("{"):
-            self._call = _CallObject(self._style.arguments, name)
+            self._call = CallObject(self._style.arguments, name)
             self._text = body
             return True
         if not body or "[ARGS]".startswith(after):
             return False
         return self._give_up(read, skipped, rest)
 
-    def _read_call(self, call: "_CallObject", read: Read) -> bool:
+    def _read_call(self, call: "CallObject", read: Read) -> bool:
         used = call.feed(self._text)
         self._text = self._text[used:]
         bare = self._style.bare and not self._pending  # any JSON would do: only a known name makes it a call
@@ -205,7 +206,7 @@ class ToolCallReader:
         self._pending = ""
         return True
 
-    def _begin(self, call: "_CallObject", read: Read) -> None:
+    def _begin(self, call: "CallObject", read: Read) -> None:
         call.announced, call.index = True, self._num_begun
         self._num_begun += 1
         self._began = True
@@ -227,97 +228,6 @@ class ToolCallReader:
             read.content += text
         else:
             self._blank += text
-
-
-class _CallObject:
-    """{"name": …, "arguments": {…}} read character by character; `arguments` of a named call are the object itself."""
-
-    def __init__(self, arguments_key: str, name: str = "") -> None:
-        self.name = name
-        self.raw = ""
-        self.ended = False
-        self.announced = False
-        self.index = 0
-        self._whole = bool(name)
-        self._keys = {"arguments", "parameters", arguments_key}
-        self._depth = 0
-        self._in_string = self._escaped = False
-        self._key: str | None = None
-        self._token = ""  # the key or value being read, as written
-        self._reads_value = False
-        self._streams = False  # the value is an object of arguments, given out as it comes
-        self._arguments = ""  # not given out yet
-        self._gave_any = False
-
-    def feed(self, text: str) -> int:
-        """How many characters of it belong to the object."""
-        for i, char in enumerate(text):
-            self.raw += char
-            self._step(char)
-            if self.ended:
-                return i + 1
-        return len(text)
-
-    def take_arguments(self) -> str:
-        """What has become known of them. An object is given out as it comes, text in quotes when it is whole."""
-        if self.ended and not self._gave_any and not self._arguments:
-            self._arguments = "{}"
-        arguments, self._arguments = self._arguments, ""
-        self._gave_any |= bool(arguments)
-        return arguments
-
-    def _step(self, char: str) -> None:
-        if self._whole:
-            self._arguments += char
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
-            self._keep(char)
-            return
-        closes_value = self._depth == 1 and self._reads_value and char in ",}"
-        if closes_value:
-            self._end_value()
-        if char == '"':
-            self._in_string = True
-        if char in "{[":
-            self._depth += 1
-        elif char in "}]":
-            self._depth -= 1
-            self.ended = self._depth == 0
-        if self._depth == 1 and char == ":" and not self._reads_value:
-            self._key, self._token, self._reads_value = _text_of(self._token), "", True
-        elif closes_value or len(self.raw) == 1:
-            self._token = ""
-        else:
-            self._keep(char)
-
-    def _keep(self, char: str) -> None:
-        if self._reads_value and char == "{" and self._depth == 2 and not self._token.strip():
-            self._streams = self._key in self._keys and not self._whole
-        if not self._streams:
-            self._token += char
-        elif self._depth > 1 or char == "}":  # and not the white space after it
-            self._arguments += char
-
-    def _end_value(self) -> None:
-        if self._key == "name":
-            self.name = _text_of(self._token) or ""
-        elif self._key in self._keys and not self._streams and not self._whole:
-            self._arguments += _text_of(self._token) or ""  # a model that wrote its arguments as text
-        self._key, self._token, self._reads_value, self._streams = None, "", False, False
-
-
-def _text_of(token: str) -> str | None:
-    """The text that a JSON string stands for; None for anything else."""
-    try:
-        value = json.loads(token)
-    except ValueError:
-        return None
-    return value if isinstance(value, str) else None
 
 
 def overlap(text: str, marker: str) -> int:

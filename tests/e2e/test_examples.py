@@ -34,7 +34,14 @@ def run(url: str, *command: str) -> str:
         ),
         ("anthropic_client.py", ["tokens: 27\nThe capital of France is Paris.\nend_turn 27 8"]),
         ("tools.py", ["the model calls: get_weather {'city': 'Paris'}", "the model answers: "]),
-        ("json_schema.py", ["schema: name='Paris' country='France' is_capital=True", "choice: yes", "pattern: Tokyo"]),
+        (
+            "json_schema.py",
+            [
+                "schema: name='Paris' country='France' is_capital=True",
+                "choice: yes",
+                "pattern: The capital of Japan is Tokyo.",
+            ],
+        ),
         ("langchain_chat.py", ["invoke: The capital of France is Paris.", "stream: The capital of Japan is Tokyo."]),
     ],
 )

@@ -221,6 +221,10 @@ async def test_the_last_message_may_be_gone_on_with(client: httpx.AsyncClient, e
     ("body", "message", "param"),
     [
         ({"tool_choice": "required"}, "tool_choice is only for requests with tools", "tool_choice"),
+        ({"tools": [ADD], "tool_choice": "any"},
+         'tool_choice must be "auto", "none", "required" or {"type": "function", "function": {"name": "…"}}',
+         "tool_choice"),
+        ({"guided_json": 5}, "guided_json: must be a JSON schema: an object, or its text", "guided_json"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "sub"}}},
          "tool_choice names a function that is not among the tools", "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]},
