@@ -162,12 +162,11 @@ class Engine:
         self._restrict(sampling, rows)
         sampled = self.sampler.sample(result.logits, rows)
         for sequence, token, told in zip(sampling, sampled.tokens, sampled.logprobs, strict=True):
-            matcher = sequence.matcher
-            if matcher is not None and (token is None or not matcher.consume_token(token)):
-                failed.setdefault(sequence.request_id, f"the grammar cannot go on: {matcher.get_error()}")
-                continue
             if token is None:
                 failed.setdefault(sequence.request_id, "the model gave no finite logits for this request")
+                continue
+            if sequence.matcher is not None and not sequence.matcher.consume_token(token):
+                failed[sequence.request_id] = f"the grammar cannot go on: {sequence.matcher.get_error()}"
                 continue
             tokens[sequence.request_id] = token
             if told is not None:

@@ -15,8 +15,6 @@ from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_runs, num_slots_for_one, num_slots_held
 
-MAX_SCORED = 512  # prompt tokens of a sequence in one step whose logits, a row of the vocabulary each, are looked at
-
 
 class Scheduler:
     """Waiting and running sequences, each list in order of (priority, arrival)."""
@@ -82,7 +80,7 @@ class Scheduler:
             for sequence in list(self.running):
                 budget = self.max_batch_tokens - sum(item.num_new for item in scheduled)
                 if (sequence.num_to_compute == 1) == decoding and budget and sequence in self.running:
-                    item = self._take(sequence, _num_next(sequence, budget), scheduled)
+                    item = self._take(sequence, self._num_next(sequence, budget), scheduled)
                     if item is not None:
                         scheduled.append(item)
         if len(self.waiting) == num_waiting:  # else a sequence lost its slots, and is not to take others' at once
@@ -163,7 +161,7 @@ class Scheduler:
             return None
         sequence.pages, sequence.open_slots = found, runs
         sequence.num_computed = sequence.num_swapped if resumes else num_found
-        item = self._try(sequence, _num_next(sequence, budget))
+        item = self._try(sequence, self._num_next(sequence, budget))
         if item is None:
             self._let_go(sequence)
             return None
@@ -224,6 +222,11 @@ class Scheduler:
             spent_slots=sequence.open_slots if num_filled and not in_place else [],
             taken_slots=slots,
         )
+
+    def _num_next(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of its next chunk: fewer where each has a row of logits, for which as much memory is set aside as
+        sampling `max_running` rows takes."""
+        return min(sequence.num_to_compute, budget, 8 * self.max_running if sequence.num_unscored else budget)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting with all its tokens and none of its slots; its sealed pages it may find again."""
@@ -340,8 +343,3 @@ class Scheduler:
         swapped = [slot for s in self.waiting for slot in s.host_slots] + self.cache.host_slots()
         assert len(swapped) == len(set(swapped)) == self.host.num_active
         assert not any(s.host_slots or s.num_swapped for s in self.running)
-
-
-def _num_next(sequence: Sequence, budget: int) -> int:
-    """Tokens of its next chunk."""
-    return min(sequence.num_to_compute, budget, MAX_SCORED if sequence.num_unscored else budget)
