@@ -8,7 +8,7 @@ ARGS ?=
 # The package leaves the version of torch open; this file pins what is tested here (on Linux: the CPU build).
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install develop serve test prometheus chromium check dist clean
+.PHONY: install develop serve test prometheus chromium javascript check dist clean
 
 install: $(VENV)/installed
 develop: $(VENV)/developed
@@ -26,7 +26,7 @@ $(VENV)/developed: $(VENV)/installed
 serve: install
 	$(BIN)/gear-serve $(ARGS)
 
-test: develop prometheus chromium
+test: develop prometheus chromium javascript
 	$(BIN)/python -m pytest $(ARGS)
 
 # The dashboard's queries are tested against a real Prometheus.
@@ -43,6 +43,17 @@ chromium:
 	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; }
 
+# An example uses OpenAI's JavaScript client; every example is tested.
+javascript: examples/node_modules
+
+examples/node_modules: examples/package.json
+	@command -v node >/dev/null && command -v npm >/dev/null || { \
+	  command -v apt-get >/dev/null || { echo "make test needs node and npm: install them first"; exit 1; }; \
+	  SUDO=$$([ $$(id -u) = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -qq && $$SUDO apt-get install -y -qq --no-install-recommends nodejs npm >/dev/null; }
+	cd examples && npm install --no-package-lock --no-audit --no-fund --silent
+	touch $@
+
 check: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +65,4 @@ dist: develop
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) dist build examples/node_modules

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -62,7 +62,19 @@ class RequestStream:
         """Raises `EngineDead` if the engine ended before the request did."""
         if self.finished:
             raise StopAsyncIteration
-        output = await self._outputs.get()
+        return self._take(await self._outputs.get())
+
+    def take_ready(self) -> RequestOutput | None:
+        """The next output if it has come already; the end of the engine is left to `anext`."""
+        if self.finished or self._outputs.empty():
+            return None
+        output = self._outputs.get_nowait()
+        if isinstance(output, EngineDead):
+            self._outputs.put_nowait(output)
+            return None
+        return self._take(output)
+
+    def _take(self, output: RequestOutput | EngineDead) -> RequestOutput:
         if isinstance(output, EngineDead):
             self.finished = True
             raise output
@@ -84,8 +96,10 @@ class EngineClient:
     One ZeroMQ pair over a socket in a private directory; the engine answers with one message a step.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, program: Sequence[str] = ("-m", "gear_engine.process")) -> None:
+        """`program` is what Python runs as the engine: benchmarks bring one without a model."""
         self.config = config
+        self._program = program
         self.stats = EngineStats()
         self._streams: dict[str, RequestStream] = {}
         self._listeners: list[StepListener] = []
@@ -127,7 +141,7 @@ class EngineClient:
         config = msgspec.json.encode(self.config).decode()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gear_engine.process", address, str(os.getpid()), config,
+                sys.executable, *self._program, address, str(os.getpid()), config,
                 start_new_session=True,  # Ctrl-C reaches the server alone, which drains and then stops the engine
             )  # fmt: skip
             first = await self._first_message()
@@ -162,26 +176,29 @@ class EngineClient:
         try:
             while True:
                 message = asyncio.ensure_future(self._socket.recv())
-                await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
+                if not message.done():  # what has come already is taken at once, so that who fell behind catches up
+                    await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
                 if not message.done():
                     message.cancel()
                     break
-                report = _decode(message.result())
-                assert isinstance(report, StepReport)
-                self.stats = report.stats
-                self._tell_listeners(report)
-                for request_id, queue_time_s in report.queue_times_s.items():
-                    if stream := self._streams.get(request_id):
-                        stream.queue_time_s = queue_time_s
-                for output in report.outputs:
-                    if stream := self._streams.get(output.request_id):
-                        stream.put(output)
+                self._take_report(_decode(message.result()))
         finally:
             ended.cancel()
             code = self._process.returncode
             self._dead = EngineDead(f"the engine process ended (code {code}); requests in flight are lost")
             for stream in self._streams.values():
                 stream.put(EngineDead(str(self._dead)))
+
+    def _take_report(self, report: FromEngine) -> None:
+        assert isinstance(report, StepReport)
+        self.stats = report.stats
+        self._tell_listeners(report)
+        for request_id, queue_time_s in report.queue_times_s.items():
+            if stream := self._streams.get(request_id):
+                stream.queue_time_s = queue_time_s
+        for output in report.outputs:
+            if stream := self._streams.get(output.request_id):
+                stream.put(output)
 
     def _tell_listeners(self, report: StepReport) -> None:
         for listener in self._listeners:

@@ -1,4 +1,4 @@
-"""Who may call what: with API keys set, everything but the open routes wants one as a bearer token.
+"""Who may call what: with API keys set, everything but the open routes wants one, as a bearer token or X-API-Key.
 
 Plain ASGI middleware, so that unknown routes and the documentation are behind the key too.
 """
@@ -25,12 +25,12 @@ class RequireKey:
         if scope["type"] != "http" or _is_open(scope["path"]) or self._is_allowed(scope):
             await self._app(scope, receive, send)
             return
-        await error_response(_refusal(scope))(scope, receive, send)
+        await error_response(_refusal(scope), scope)(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
         if not self._digests:
             return True
-        given = _digest(_bearer_token(scope) or b"")
+        given = _digest(_key_of(scope) or b"")
         # Digests have one length, and every key is compared: time tells nothing about any of them.
         return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
 
@@ -39,7 +39,7 @@ def cache_salt(request: Request, salt: str, *, isolate_keys: bool) -> str:
     """What the prefix cache keeps apart: a request's own salt, and with `isolate_keys` who sent it."""
     if not isolate_keys:
         return salt
-    return f"{_digest(_bearer_token(request.scope) or b'').hex()} {salt}"  # of one length: no salt imitates a key
+    return f"{_digest(_key_of(request.scope) or b'').hex()} {salt}"  # of one length: no salt imitates a key
 
 
 def _is_open(path: str) -> bool:
@@ -50,18 +50,17 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _bearer_token(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, token = value.partition(b" ")
-            return token.strip() if scheme.lower() == b"bearer" else None
-    return None
+def _key_of(scope: Scope) -> bytes | None:
+    """From Authorization: Bearer, as OpenAI's clients send it, or else X-API-Key, as Anthropic's do."""
+    headers = dict(scope["headers"])
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key")
 
 
 def _refusal(scope: Scope) -> ApiError:
     message = (
-        "no API key was sent: send the header Authorization: Bearer YOUR_KEY"
-        if _bearer_token(scope) is None
+        "no API key was sent: send the header Authorization: Bearer YOUR_KEY (or X-API-Key: YOUR_KEY)"
+        if _key_of(scope) is None
         else "the API key is not one of this server's"
     )
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gear_server.answer_reader import CLOSE, OPEN, AnswerReader, ReasoningReader
+from gear_server.api_document import generating
 from gear_server.auth import cache_salt
 from gear_server.context import Context
 from gear_server.encoding import check_capacity, encode_rendered, render_chat, truncated
@@ -31,7 +32,7 @@ from gear_server.tool_calls import ToolCall, ToolCallReader, tool_style
 def chat_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/chat/completions", summary="Answer a conversation")
+    @router.post("/v1/chat/completions", summary="Answer a conversation", responses=generating())
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         model = resolve_model(context, body.model)
         log_unknown(body)

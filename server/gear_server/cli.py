@@ -46,7 +46,7 @@ def serve(
     port: Annotated[int | None, _option("--port", "Port to listen on; 0 takes a free one.", 8000)] = None,
     api_key: Annotated[
         list[str] | None,
-        _option("--api-key", "Key that clients must send as a bearer token; repeat it or separate keys by commas."),
+        _option("--api-key", "Key that clients must send (Bearer or X-API-Key); repeat it or separate keys by commas."),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,

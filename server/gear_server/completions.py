@@ -12,6 +12,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gear_server.api_document import generating
 from gear_server.auth import cache_salt
 from gear_server.context import Context
 from gear_server.encoding import check_capacity, encode_text, truncated
@@ -30,7 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def completion_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 
-    @router.post("/v1/completions", summary="Continue a text")
+    @router.post("/v1/completions", summary="Continue a text", responses=generating())
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         arrived_s = time.perf_counter()
         context.traffic.refuse_if_draining()

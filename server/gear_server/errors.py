@@ -1,4 +1,4 @@
-"""Every refusal in the OpenAI shape: {"error": {"message", "type", "param", "code"}}.
+"""Every refusal in the OpenAI shape, {"error": {"message", "type", "param", "code"}}; to Anthropic's clients in theirs.
 
     ApiError            has a status
     ├── Draining        503: the server is shutting down
@@ -7,14 +7,27 @@
 The engine's exceptions become ApiErrors here, and so do bodies that pydantic refuses.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
+from pydantic import ValidationError
 from starlette.responses import Response
+from starlette.types import Scope
 
 from gear_engine.protocol import EngineDead, PromptTooLong, QueueFull, RequestError
 
 _TYPE_OF_STATUS = {429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable"}
+_ANTHROPIC_TYPE_OF_STATUS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+ANTHROPIC_PREFIX = "/v1/messages"
 
 
 class ApiError(Exception):
@@ -40,6 +53,11 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPE_OF_STATUS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = _ANTHROPIC_TYPE_OF_STATUS.get(self.status, "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
 
 class Draining(ApiError):
@@ -72,7 +90,8 @@ def to_api_error(error: Exception) -> ApiError:
 
 def describe(error: Any) -> tuple[str, str | None]:
     """One of pydantic's errors as a sentence that names the parameter, and the parameter."""
-    path = tuple(error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"])
+    steps = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
+    path = tuple(step for step in steps if not str(step).startswith("<"))  # <text>: which of several kinds it is
     name, kind, context = _path_text(path), error["type"], error.get("ctx", {})
     raised = context.get("error")
     if isinstance(raised, RequestError):
@@ -109,5 +128,20 @@ def _got(value: Any) -> str:
     return ""
 
 
-def error_response(error: ApiError) -> Response:
-    return Response(orjson.dumps(error.body), error.status, error.headers, media_type="application/json")
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """In the shape of the API that was called."""
+    body = error.anthropic_body if scope["path"].startswith(ANTHROPIC_PREFIX) else error.body
+    return Response(orjson.dumps(body), error.status, error.headers, media_type="application/json")
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """For a body that was translated to another one: errors name the field that the caller sent."""
+    try:
+        yield
+    except ValidationError as error:
+        message, param = describe(error.errors()[0])
+        raise RequestError(message, names.get(param or "", param)) from error
+    except RequestError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise

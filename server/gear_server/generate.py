@@ -243,7 +243,11 @@ class Generation:
 
     async def _next_outputs(self) -> list[tuple[Choice, RequestOutput]]:
         if not self._pumps:
-            return [(self.choices[0], await anext(self.choices[0].stream))]
+            choice = self.choices[0]
+            ready = [(choice, await anext(choice.stream))]
+            while (more := choice.stream.take_ready()) is not None:  # who fell behind catches up in one piece
+                ready.append((choice, more))
+            return ready
         arrived = [await self._arrived.get()]
         while not self._arrived.empty():
             arrived.append(self._arrived.get_nowait())

@@ -251,6 +251,7 @@ class TokenizeRequest(Body):
     continue_final_message: Flag = Field(False, description="Leave the last message open, to be gone on with.")
     tools: list[Tool] = Field([], max_length=256, description="Functions that the model is told of.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables for the model's chat template.")
+    return_token_strs: Flag = Field(False, description="Say each token as the vocabulary has it, too.")
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -1,11 +1,11 @@
-"""The way that both generating routes share: check, encode, submit, and answer whole or as a stream.
+"""The way that generating routes share: check, encode, submit, and answer whole or as a stream.
 
 What the answer looks like is the route's business (`AnswerFormat`).
 """
 
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,10 +18,10 @@ from gear_engine.protocol import TokenLogprobs
 from gear_server.account import GENERATION_KEY
 from gear_server.context import Context
 from gear_server.disconnect import unless_disconnected
-from gear_server.errors import ApiError
+from gear_server.errors import ApiError, GenerationFailed
 from gear_server.generate import Delta, EndReason, Generation, Usage
 from gear_server.openai_types import SamplingBody
-from gear_server.sse import Chunk, EventStream
+from gear_server.sse import Chunk, ChunkEvents, EventStream
 from gear_server.tool_calls import ToolCall, merge
 
 logger = logging.getLogger("gear_server")
@@ -89,17 +89,27 @@ def log_unknown(body: BaseModel) -> None:
 async def answer(request: Request, body: SamplingBody, generation: Generation, form: AnswerFormat) -> Response:
     """The response to a submitted request; whichever way it ends, the generation is closed."""
     request.scope[GENERATION_KEY] = generation
-    if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(
-            generation, form.chunks, (lambda: form.usage_chunk(generation.usage())) if include_usage else None
-        )
+    if not body.stream:
+        return await answer_whole(request, generation, form.whole)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    last_chunk = (lambda: form.usage_chunk(generation.usage())) if include_usage else None
+    return EventStream(generation, ChunkEvents(form.chunks, last_chunk))
+
+
+async def answer_whole(
+    request: Request, generation: Generation, to_content: Callable[[list[Answer], Usage], dict[str, Any]]
+) -> Response:
     try:
         answers = await unless_disconnected(request.receive, _collect(generation))
-        content = form.whole(answers, generation.usage())
+        return json_response(to_content(answers, generation.usage()))
     finally:
         generation.close()
-    return json_response(content)
+
+
+def refuse_aborted(finish_reason: EndReason | None) -> None:
+    """For APIs that have no word for an answer cut short by the server: it failed, and may be asked for again."""
+    if finish_reason == "abort":
+        raise GenerationFailed(503, "the server is shutting down and cut this answer short", code="draining")
 
 
 def json_response(content: dict[str, Any]) -> Response:

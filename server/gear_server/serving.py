@@ -169,6 +169,7 @@ def _uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         log_level="warning" if settings.log_level == "info" else settings.log_level,
         access_log=False,  # request_log.py has one
         lifespan="off",
+        http="h11",  # not "auto", which takes what is installed: h11 bounds the size of a request's head
         ws="none",
         server_header=False,
         timeout_keep_alive=75,  # longer than load balancers keep idle connections

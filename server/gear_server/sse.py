@@ -4,14 +4,14 @@ A started stream cannot change its status, so a failure in it is one last event 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gear_server.disconnect import ClientGone, unless_disconnected
-from gear_server.errors import GenerationFailed
+from gear_server.errors import ApiError, GenerationFailed
 from gear_server.generate import Delta, Generation
 
 DONE = b"data: [DONE]\n\n"
@@ -28,20 +28,51 @@ def event(data: Chunk) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
+def named_event(data: Chunk) -> bytes:
+    """Named after its `type`, as OpenAI's responses and Anthropic's messages have them."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
+class Events(Protocol):
+    """What one API says while an answer grows, as bytes; none says nothing."""
+
+    def opening(self) -> bytes: ...
+
+    def of(self, deltas: list[Delta]) -> bytes: ...
+
+    def ending(self) -> bytes: ...
+
+    def failure(self, error: ApiError) -> bytes: ...
+
+
+class ChunkEvents:
+    """Chunks of completions and chat, without names and with [DONE]."""
+
+    def __init__(self, to_chunks: Callable[[Delta], Iterable[Chunk]], last_chunk: Callable[[], Chunk] | None) -> None:
+        self._to_chunks = to_chunks
+        self._last_chunk = last_chunk
+
+    def opening(self) -> bytes:
+        return b""
+
+    def of(self, deltas: list[Delta]) -> bytes:
+        return b"".join(event(chunk) for delta in deltas for chunk in self._to_chunks(delta))
+
+    def ending(self) -> bytes:
+        return DONE if self._last_chunk is None else event(self._last_chunk()) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return event(error.body)
+
+
 class EventStream(Response):
     """Owns its generation: whatever ends the response ends the generation too."""
 
-    def __init__(
-        self,
-        generation: Generation,
-        to_chunks: Callable[[Delta], Iterable[Chunk]],
-        last_chunk: Callable[[], Chunk] | None,
-    ) -> None:
+    def __init__(self, generation: Generation, events: Events) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._generation = generation
-        self._to_chunks = to_chunks
-        self._last_chunk = last_chunk
+        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -53,11 +84,14 @@ class EventStream(Response):
             self._generation.close()
 
     async def _send_events(self, send: Send) -> None:
+        events = self._events
+        if opening := events.opening():
+            await send({"type": "http.response.body", "body": opening, "more_body": True})
         try:
             while (deltas := await self._generation.next_deltas()) is not None:
-                if events := b"".join(event(chunk) for delta in deltas for chunk in self._to_chunks(delta)):
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
-            end = DONE if self._last_chunk is None else event(self._last_chunk()) + DONE
+                if body := events.of(deltas):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            end = events.ending()
         except GenerationFailed as failure:
-            end = event(failure.body)
+            end = events.failure(failure)
         await send({"type": "http.response.body", "body": end})

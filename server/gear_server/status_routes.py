@@ -5,9 +5,10 @@
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from gear_server import version
+from gear_server.api_document import errors
 from gear_server.context import Context
 from gear_server.errors import ApiError
 from gear_server.respond import json_response
@@ -16,13 +17,13 @@ from gear_server.respond import json_response
 def status_routes(context: Context) -> APIRouter:
     router = APIRouter(tags=["Status"])
 
-    @router.get("/ready", summary="Does it take new requests?")
+    @router.get("/ready", summary="Does it take new requests?", responses=errors(503))
     async def ready() -> Response:
         _check_alive(context)
         context.traffic.refuse_if_draining()
         return json_response({"status": "ok"})
 
-    @router.get("/version", summary="The version that runs")
+    @router.get("/version", summary="The version that runs", responses=errors(401))
     async def get_version() -> Response:
         return json_response({"version": version()})
 
@@ -33,12 +34,12 @@ def operator_routes(context: Context) -> APIRouter:
     """On the public port, or on the metrics port if there is one."""
     router = APIRouter(tags=["Status"])
 
-    @router.get("/health", summary="Is the engine alive?")
+    @router.get("/health", summary="Is the engine alive?", responses=errors(503))
     async def health() -> Response:
         _check_alive(context)
         return json_response({"status": "ok"})
 
-    @router.get("/metrics", summary="For Prometheus")
+    @router.get("/metrics", summary="For Prometheus", response_class=PlainTextResponse, responses=errors(401))
     async def metrics(request: Request) -> Response:
         content, content_type = context.metrics.render(request.headers.get("accept", ""))
         return Response(content, headers={"Content-Type": content_type})

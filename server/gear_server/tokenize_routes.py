@@ -9,25 +9,36 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from gear_engine.protocol import RequestError
+from gear_server.api_document import errors
 from gear_server.context import Context
 from gear_server.encoding import encode_chat
 from gear_server.json_body import JsonRoute
 from gear_server.openai_types import DetokenizeRequest, TokenizeRequest
 from gear_server.respond import json_response, log_unknown, resolve_model
 
+READING = errors(400, 401, 404, 413, 415)
+
 
 def tokenize_routes(context: Context) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["Tokens"])
 
-    @router.post("/tokenize", summary="Encode a text or a conversation")
+    @router.post("/tokenize", summary="Encode a text or a conversation", responses=READING)
     async def tokenize(body: TokenizeRequest) -> Response:
         resolve_model(context, body.model)
         log_unknown(body)
         tokens = await asyncio.to_thread(_encode, context, body)
-        max_model_len = context.engine.info.max_model_len
-        return json_response({"count": len(tokens), "max_model_len": max_model_len, "tokens": tokens})
+        return json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": context.engine.info.max_model_len,
+                "tokens": tokens,
+                "token_strs": [context.tokenizer.token_text(token) for token in tokens]
+                if body.return_token_strs
+                else None,
+            }
+        )
 
-    @router.post("/detokenize", summary="Decode token ids")
+    @router.post("/detokenize", summary="Decode token ids", responses=READING)
     async def detokenize(body: DetokenizeRequest) -> Response:
         resolve_model(context, body.model)
         log_unknown(body)

@@ -39,13 +39,14 @@ class TextTokenizer:
         self._missing_bos_id = self._find_missing_bos()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # In a batch of one, because that lets go of the interpreter: `encode` would stop every stream until it is done.
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._missing_bos_id is not None and ids[:1] != [self._missing_bos_id]:
             return [self._missing_bos_id, *ids]
         return ids
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def detokenizer(self, *, skip_special_tokens: bool = True, keep: Set[int] = frozenset()) -> Detokenizer:
         """A fresh one for one answer; special tokens in `keep` have their text in any case."""
@@ -81,6 +82,10 @@ class TextTokenizer:
         """The text of an answer, the same as if it had been streamed."""
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join(map(detokenizer.feed, token_ids)) + detokenizer.flush()
+
+    def token_text(self, token_id: int) -> str | None:
+        """As the vocabulary has it: for people, not to be joined."""
+        return self._tokenizer.id_to_token(token_id)
 
     def has_token(self, token_id: int) -> bool:
         return token_id in self._vocab_ids

@@ -49,6 +49,13 @@ async def test_any_other_key_opens_nothing(locked: httpx.AsyncClient, header: st
     assert "first" not in response.text
 
 
+async def test_a_key_may_come_as_anthropics_clients_send_it(locked: httpx.AsyncClient) -> None:
+    assert (await locked.get("/v1/models", headers={"X-API-Key": "first"})).status_code == 200
+    assert (await locked.get("/v1/models", headers={"X-API-Key": "firs"})).status_code == 401
+    refused = await locked.post("/v1/messages", headers={"X-API-Key": "firs"})
+    assert refused.json()["error"]["type"] == "authentication_error"
+
+
 async def test_a_path_that_only_looks_open_is_not(locked: httpx.AsyncClient) -> None:
     for path in ("/health/", "http://test//health", "/health/../metrics", "/ready%2F", "/HEALTH"):
         assert (await locked.get(path)).status_code == 401

@@ -126,13 +126,20 @@ async def test_tokenize_counts_what_a_chat_request_would_send(
     await chat(client)
     response = await client.post("/tokenize", json={"messages": [USER]})
     token_ids = engine.submitted[0].token_ids
-    assert response.json() == {"count": len(token_ids), "max_model_len": engine.max_model_len, "tokens": token_ids}
+    assert response.json() == {
+        "count": len(token_ids), "max_model_len": engine.max_model_len, "tokens": token_ids, "token_strs": None,
+    }  # fmt: skip
 
 
 async def test_tokenize_and_detokenize_make_a_round_trip(client: httpx.AsyncClient) -> None:
     text = "Grüße <|end|> 🎉"
     tokens = (await client.post("/tokenize", json={"prompt": text, "add_special_tokens": False})).json()["tokens"]
     assert (await client.post("/detokenize", json={"tokens": tokens})).json() == {"prompt": text}
+
+
+async def test_tokenize_says_tokens_as_the_vocabulary_has_them(client: httpx.AsyncClient) -> None:
+    answer = (await client.post("/tokenize", json={"prompt": " é<|end|>", "return_token_strs": True})).json()
+    assert answer["token_strs"] == ["Ġ", "Ã©", "<|end|>"]
 
 
 async def test_tokenize_wants_a_prompt_or_messages(client: httpx.AsyncClient) -> None:

@@ -12,6 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from gear_engine.protocol import RequestOutput
+
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -114,9 +116,10 @@ async def test_stop_strings_are_held_back_and_cut(client: httpx.AsyncClient, eng
     assert engine.aborted == [engine.submitted[0].request_id]
 
 
-async def test_choices_of_one_step_leave_in_one_piece(app: FastAPI) -> None:
+async def bodies_sent(app: FastAPI, **fields: Any) -> list[bytes]:
+    """Each message that the application hands to its server."""
     sent: list[bytes] = []
-    body = json.dumps({"prompt": "Once", "n": 3, "stream": True}).encode()
+    body = json.dumps({"prompt": "Once", "stream": True} | fields).encode()
     scope = {
         "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"",
         "headers": [(b"content-type", b"application/json")], "http_version": "1.1", "scheme": "http",
@@ -133,7 +136,23 @@ async def test_choices_of_one_step_leave_in_one_piece(app: FastAPI) -> None:
         sent.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    first_step = sent[1]
+    return sent
+
+
+async def test_outputs_that_came_meanwhile_leave_in_one_piece(app: FastAPI, engine: ScriptedEngine) -> None:
+    engine.pause_after = 0
+    streaming = asyncio.create_task(bodies_sent(app))
+    await engine.until(lambda: engine.num_requests == 1)
+    request = engine.submitted[0]
+    for token in (5, 6, 7):
+        request.stream.put(RequestOutput(request.request_id, [token]))
+    request.stream.put(RequestOutput(request.request_id, [engine.eos], "stop", engine.eos))
+    bodies = await streaming
+    assert [body.count(b"data: ") for body in bodies] == [0, 4, 1]  # the head, four chunks, [DONE]
+
+
+async def test_choices_of_one_step_leave_in_one_piece(app: FastAPI) -> None:
+    first_step = (await bodies_sent(app, n=3))[1]
     assert [first_step.count(b'"index":%d' % index) for index in range(3)] == [1, 1, 1]
 
 

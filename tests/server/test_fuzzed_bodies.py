@@ -12,18 +12,26 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from gear_server.anthropic_types import CountTokensRequest, MessagesRequest
 from gear_server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from gear_server.unsupported import CHAT, COMPLETIONS
+from gear_server.responses_types import ResponsesRequest
+from gear_server.unsupported import CHAT, COMPLETIONS, MESSAGES, RESPONSES
 
 FIELDS = {
     "/v1/completions": [*CompletionRequest.model_fields, *COMPLETIONS],
     "/v1/chat/completions": [*ChatRequest.model_fields, *CHAT],
+    "/v1/responses": [*ResponsesRequest.model_fields, *RESPONSES],
+    "/v1/messages": [*MessagesRequest.model_fields, *MESSAGES],
+    "/v1/messages/count_tokens": [*CountTokensRequest.model_fields, *MESSAGES],
     "/tokenize": list(TokenizeRequest.model_fields),
     "/detokenize": list(DetokenizeRequest.model_fields),
 }
 VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "Once", "max_tokens": 4},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
     "/tokenize": {"prompt": "Once"},
     "/detokenize": {"tokens": [5]},
 }
@@ -32,7 +40,9 @@ SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.integers(-3, 500)
     | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0, 1, -1, 0.0, 1.0, 1e300]) | TEXT
 )  # fmt: skip
-KEYS = TEXT | st.sampled_from(["role", "content", "type", "text", "include_usage", "name", "5", "-1", "tool_calls"])
+KEYS = TEXT | st.sampled_from(
+    ["role", "content", "type", "text", "include_usage", "name", "5", "-1", "tool_calls", "format", "schema"]
+)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 FUZZ = hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120, deadline=None)
 
@@ -41,7 +51,8 @@ def assert_answered(response: httpx.Response) -> None:
     assert response.status_code < 500, response.text
     if response.status_code != 200:
         error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
+        openais = set() if "type" in response.json() else {"param", "code"}
+        assert set(error) == {"message", "type"} | openais
         assert error["message"]
 
 

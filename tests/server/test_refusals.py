@@ -199,3 +199,20 @@ async def test_an_unknown_model_is_a_404_that_names_the_served_ones(client: http
         error = error_of(await client.post(path, json=body | {"model": "gpt-9"}), 404)
         assert error["message"] == "the model 'gpt-9' is not served here; served: small, alias"
         assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("/v1/embeddings", "embeddings"),
+        ("/v1/images/generations", "images"),
+        ("/v1/audio/transcriptions", "audio"),
+        ("/v1/assistants", "assistants"),
+        ("/v1/responses/resp_1", "stored responses"),
+    ],
+)
+async def test_what_only_other_servers_have_is_refused_by_name(client: httpx.AsyncClient, path: str, what: str) -> None:
+    for response in (await client.get(path), await client.post(path, json={"input": "Hi"})):
+        error = error_of(response, 404)
+        assert error["message"].startswith(f"{what} are not served here")
+        assert error["code"] == "not_supported"

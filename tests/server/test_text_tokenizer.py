@@ -1,5 +1,6 @@
 """The tokenizer's files decide, and nothing is cut in silence."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,13 @@ def test_a_broken_tokenizer_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
         TextTokenizer(tmp_path)
+
+
+async def test_encoding_in_a_thread_lets_the_event_loop_go_on(tmp_path: Path) -> None:
+    loaded = TextTokenizer(write_model(tmp_path / "model", byte_level()))
+    encoding = asyncio.create_task(asyncio.to_thread(loaded.encode, "some words " * 50_000, add_special_tokens=True))
+    num_turns = 0
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 20, "while the library holds the interpreter, there are two or three"
