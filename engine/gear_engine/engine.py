@@ -3,6 +3,7 @@
 `step` reads schedule → move → run → sample → commit; speed goes around it, not into it.
 """
 
+import heapq
 import logging
 import random
 import resource
@@ -15,7 +16,7 @@ import torch
 from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
-from gear_engine.scheduler import Scheduler
+from gear_engine.scheduler import Scheduler, service_order
 from gear_engine.sequence import Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Engine:
         self.sampler = sampler
         self.limits = limits
         self._num_arrivals = 0
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that have ended stay until their time
         self._seeds = random.Random()
 
     @property
@@ -49,25 +51,28 @@ class Engine:
         validate(
             request.token_ids,
             request.params,
+            request.timeout_s,
             max_model_len=self.limits.max_model_len,
             vocab_size=self.limits.vocab_size,
         )
-        if self.scheduler.has(request.request_id):
+        if self.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
         self._num_arrivals += 1
-        seed = request.params.seed
-        self.scheduler.add(
-            Sequence(
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                num_prompt=len(request.token_ids),
-                params=request.params,
-                seed=self._seeds.getrandbits(63) if seed is None else seed,
-                order=(request.priority, self._num_arrivals),
-                arrival_s=time.monotonic(),
-                cache_salt=request.cache_salt,
-            )
+        seed, now_s, timeout_s = request.params.seed, time.monotonic(), request.timeout_s
+        sequence = Sequence(
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            num_prompt=len(request.token_ids),
+            params=request.params,
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+            order=service_order(request.priority, self._num_arrivals),
+            arrival_s=now_s,
+            deadline_s=None if timeout_s is None else now_s + timeout_s,
+            cache_salt=request.cache_salt,
         )
+        self.scheduler.add(sequence)
+        if sequence.deadline_s is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline_s, self._num_arrivals, sequence))
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any phase; None if there is none of that id (it may just have ended)."""
@@ -75,9 +80,19 @@ class Engine:
             return None
         return RequestOutput(request_id, [], finish_reason="abort")
 
+    def _abort_overdue(self, now_s: float) -> list[RequestOutput]:
+        """End what has run or waited for as long as it was given."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if self.scheduler.get(sequence.request_id) is sequence:
+                ended.append(self.abort(sequence.request_id))
+        return [output for output in ended if output is not None]
+
     def step(self) -> StepReport:
         """Compute one batch. A request that fails ends with an error; the others go on."""
         start_s = time.monotonic()
+        overdue = self._abort_overdue(start_s)
         batch = self.scheduler.schedule()
         queue_times_s = [
             start_s - item.sequence.arrival_s for item in batch.scheduled if not item.sequence.was_scheduled
@@ -91,7 +106,7 @@ class Engine:
             page_errors += result.page_errors
         outputs = self.scheduler.commit(batch, tokens, failed)
         return StepReport(
-            outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
+            overdue + outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:

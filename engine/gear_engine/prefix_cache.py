@@ -34,6 +34,9 @@ class Page:
     in_host: bool = False  # and if so nobody holds it
 
 
+PageKey = tuple[Page | None, str, bytes]  # the page before it, salt, tokens
+
+
 class PrefixCache:
     """The pool's sealed pages. Those that nobody holds are cached, and evicted when slots run out: the longest unused
     first, and of a chain the last page first. From host memory they are dropped in the same order."""
@@ -43,7 +46,7 @@ class PrefixCache:
         self.allocator = allocator
         self.host = host
         self.moves: list[Move] = []  # to be made in this order, before the slots are written; whoever does empties it
-        self._index: dict[tuple[Page | None, str, bytes], Page] = {}
+        self._index: dict[PageKey, Page] = {}
         # In the order in which their last holders left. A sequence lets go of its last page first, and holds no page
         # without those before it: so children stand before their parents, and the first is always a leaf.
         self._unheld: dict[Page, None] = {}
@@ -115,6 +118,8 @@ class PrefixCache:
     def take(self, count: int) -> list[int] | None:
         """`count` slots, evicting as few pages as need be; None if there are not so many: then nothing is evicted."""
         missing = count - self.allocator.num_free
+        if missing <= 0:
+            return self.allocator.take(count)
         if missing > len(self._unheld):
             return None
         for _ in range(missing):

@@ -19,10 +19,13 @@ class Sequence:
     num_prompt: int
     params: SamplingParams
     seed: int
-    order: tuple[int, int]  # (priority, arrival): the smaller runs first and is preempted last
+    order: tuple[int, int]  # the scheduler's `service_order`
     arrival_s: float  # time.monotonic() when the request came in
+    deadline_s: float | None = None  # time.monotonic() at which it ends as it is
     cache_salt: str = ""  # sequences share pages only with those of the same salt
+    is_running: bool = False  # or else it waits
     pages: list[Page] = field(default_factory=list)  # may be shared with other sequences
+    page_slots: list[int] = field(default_factory=list)  # theirs, as long as it holds them; replaced, never changed
     open_slots: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_swapped: int = 0  # [0 .. num_swapped) had been computed when it was swapped out; 0: it was not
@@ -47,9 +50,12 @@ class Sequence:
         return self._page_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would make 512 of them a step cost half a millisecond more
 class Scheduled:
-    """One sequence's share of a step: it computes [start .. start + num_new) into slots that are taken already."""
+    """One sequence's share of a step: it computes [start .. start + num_new) into slots that are taken already.
+
+    Not to be changed: its lists may be the sequence's own.
+    """
 
     sequence: Sequence
     start: int

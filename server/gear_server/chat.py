@@ -46,6 +46,7 @@ def chat_routes(context: Context) -> APIRouter:
             stop=body.stop,
             include_stop=body.include_stop_str_in_output,
             priority=body.priority,
+            timeout_s=body.timeout,
             cache_salt=cache_salt(request, body.cache_salt, isolate_keys=context.settings.isolate_keys),
         )
         form = ChatFormat(plan.request_id, model, with_usage_field=body.stream_options is not None)

@@ -41,6 +41,7 @@ class Plan:
     include_stop: bool = False
     priority: int = 0
     cache_salt: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,9 @@ def _submit(plan: Plan, context: Context) -> list[RequestStream]:
                 request_id = f"{plan.request_id}-{len(streams)}"
                 params = for_choice(prompt.params, i)
                 try:
-                    stream = context.engine.submit(request_id, prompt.token_ids, params, plan.priority, plan.cache_salt)
+                    stream = context.engine.submit(
+                        request_id, prompt.token_ids, params, plan.priority, plan.cache_salt, plan.timeout_s
+                    )
                 except RequestError as error:
                     if error.param == "prompt":
                         error.param = plan.prompt_param
