@@ -14,7 +14,7 @@ from gear_compression.layout import Layout
 from gear_engine.prefix_cache import Move, Page, PageKey, PrefixCache
 from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
-from gear_engine.slots import SlotAllocator, num_runs, num_slots_for_one, num_slots_held
+from gear_engine.slots import SlotAllocator, num_slots_for_one, num_slots_held
 
 ARRIVALS_PER_PRIORITY = 1000
 
@@ -74,7 +74,7 @@ class Scheduler:
         self.cache = PrefixCache(allocator, self.host)
         self.prefix_cache = prefix_cache
         self.layout = layout
-        self._page_size = layout.page_size
+        self._page_size, self._run_tokens = layout.page_size, layout.run_tokens
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -121,10 +121,10 @@ class Scheduler:
             if sequence.num_to_compute > 1:
                 prompts.append(sequence)
             elif sequence.is_running:  # it may have been preempted for one before it
-                self._take(sequence, step)
+                self._take(sequence, 1, step)
         for sequence in prompts:
             if step.budget and sequence.is_running:
-                self._take(sequence, step)
+                self._take(sequence, min(sequence.num_to_compute, step.budget), step)
         if self.waiting and len(self.waiting) == num_waiting:
             self._admit(step)  # else a sequence lost its slots, and is not to take others' at once
         moves, self.cache.moves = self.cache.moves, []
@@ -244,9 +244,9 @@ class Scheduler:
         held = len(sequence.pages) + len(sequence.open_slots)
         return max(0, num_slots_held(self.layout, len(sequence.token_ids) + 1) - held)
 
-    def _take(self, sequence: Sequence, step: "_Step") -> None:
+    def _take(self, sequence: Sequence, num_new: int, step: "_Step") -> None:
         """Slots for a running sequence, from those behind it in the order if need be; else it is preempted itself."""
-        while (item := self._try(sequence, min(sequence.num_to_compute, step.budget))) is None:
+        while (item := self._try(sequence, num_new)) is None:
             victim = self.running[-1]
             if (other := step.drop(victim)) is not None:  # it was to run in this step
                 self.allocator.give_back(other.taken_slots)
@@ -257,22 +257,23 @@ class Scheduler:
 
     def _try(self, sequence: Sequence, num_new: int) -> Scheduled | None:
         """Take the slots that `num_new` more tokens need, or none at all."""
-        layout, start, page_size = self.layout, sequence.num_computed, self._page_size
+        start, page_size = sequence.num_computed, self._page_size
         end = start + num_new
+        num_runs = -(-(end % page_size) // self._run_tokens)
         samples = end == len(sequence.token_ids)
         num_filled = end // page_size - start // page_size
         pages, open_slots = sequence.page_slots, sequence.open_slots
         if not num_filled:
-            num_missing = num_runs(layout, end) - len(open_slots)
+            num_missing = num_runs - len(open_slots)
             if not num_missing:  # as for most tokens
                 return Scheduled(sequence, start, num_new, samples, pages, open_slots, [], [])
             slots = self.cache.take(num_missing)
             if slots is None:
                 return None
             return Scheduled(sequence, start, num_new, samples, pages, open_slots + slots, [], slots)
-        in_place = open_slots if layout.is_raw else []  # a raw page is sealed where it lies
+        in_place = open_slots if self.layout.is_raw else []  # a raw page is sealed where it lies
         num_sealed = num_filled - len(in_place)
-        slots = self.cache.take(num_sealed + num_runs(layout, end))
+        slots = self.cache.take(num_sealed + num_runs)
         if slots is None:
             return None
         return Scheduled(
@@ -322,7 +323,7 @@ class Scheduler:
             if not sequence.was_scheduled:
                 self._count_start(sequence)
             output = None
-            if error := failed.get(sequence.request_id):
+            if failed and (error := failed.get(sequence.request_id)):
                 self.allocator.give_back(item.taken_slots)  # what is in them is no page that others may find
                 output = RequestOutput(sequence.request_id, [], finish_reason="error", error=error)
             else:
@@ -360,10 +361,11 @@ class Scheduler:
         params, cached = sequence.params, sequence.num_cached
         sequence.token_ids.append(token)
         self.num_generated += 1
+        num_output = len(sequence.token_ids) - sequence.num_prompt
         is_end = token in self.eos_token_ids and not params.ignore_eos
-        if (is_end or token in params.stop_token_ids) and sequence.num_output >= params.min_tokens:
+        if (is_end or token in params.stop_token_ids) and num_output >= params.min_tokens:
             return RequestOutput(sequence.request_id, [token], "stop", stop_token_id=token, num_cached_tokens=cached)
-        reason: FinishReason | None = "length" if sequence.num_output >= params.max_tokens else None
+        reason: FinishReason | None = "length" if num_output >= params.max_tokens else None
         return RequestOutput(sequence.request_id, [token], reason, num_cached_tokens=cached)
 
     def stats(self, peak_memory_bytes: int) -> EngineStats:
