@@ -225,12 +225,19 @@ class EngineClient:
         if self._socket is not None and self._dead is None:
             self._socket.send(_encode(message))  # to a connected engine: done at once, nothing to await
 
+    @property
+    def _patience_s(self) -> float:
+        """How long a stop may take; an engine that saves pages needs some seconds for that (`Engine.close`)."""
+        if not self.is_alive:
+            return 0
+        return 5 if self.config.cache_dir is None else 20
+
     async def close(self) -> None:
         """Stop the engine process (politely, then by force) and remove the socket."""
         if self._process is not None and self._process.returncode is None:
             self._send(Shutdown())
             try:  # one that is still starting, or that nothing can be sent to, does not listen
-                await asyncio.wait_for(self._process.wait(), timeout=5 if self.is_alive else 0)
+                await asyncio.wait_for(self._process.wait(), timeout=self._patience_s)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

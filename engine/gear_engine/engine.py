@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gear_engine.prefix_cache import Load, Move, Save
 from gear_engine.protocol import AddRequest, EngineStats, PageError, RequestError, RequestOutput, StepReport, validate
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow
@@ -20,6 +21,7 @@ from gear_engine.scheduler import Scheduler, service_order
 from gear_engine.sequence import Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
+SAVE_S = 10.0  # for pages that are to be there after a restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class Engine:
         tokens: dict[str, int] = {}
         failed: dict[str, str] = {}
         page_errors: list[PageError] = []
-        self.runner.move(batch.moves)
+        self._move(batch.moves)
         for part, result in self._run(batch.scheduled, failed):
             self._sample(part, result, tokens, failed)
             page_errors += result.page_errors
@@ -108,6 +110,40 @@ class Engine:
         return StepReport(
             overdue + outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
+
+    def _move(self, moves: list[Move | Save | Load]) -> None:
+        """Copy pages between the pool, host memory and the page store, in order."""
+        between: list[Move] = []  # pool and host memory: handed over together
+        for move in moves:
+            if isinstance(move, Move):
+                between.append(move)
+                continue
+            self.runner.move(between)
+            between = []
+            if isinstance(move, Load):
+                self.runner.write_page(move.slot, move.data)
+            elif self.scheduler.cache.store is not None:
+                self.scheduler.cache.store.save(move.page, self.runner.read_page(move.slot, in_host=move.in_host))
+        self.runner.move(between)
+
+    def close(self) -> None:
+        """Keep the cached pages in the page store, if there is one, as many as `SAVE_S` seconds allow."""
+        store, end_s = self.scheduler.cache.store, time.monotonic() + SAVE_S
+        if store is None:
+            return
+        saves = self.scheduler.cache.to_save()
+        saves = saves[: store.max_bytes // self.scheduler.layout.page_bytes]
+        saved: list[bytes] = []
+        for save in saves:
+            if time.monotonic() > end_s:
+                logger.warning(
+                    "--cache-dir: %d of %d pages were not saved in time", len(saves) - len(saved), len(saves)
+                )
+                break
+            store.save_now(save.page, self.runner.read_page(save.slot, in_host=save.in_host))
+            saved.append(save.page.key)
+        store.touch(reversed(saved))  # of a chain the end goes first
+        store.close()
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""

@@ -52,6 +52,7 @@ def main() -> None:
         sys.exit(1)
     _send(socket, started.info)
     _serve(started.engine, socket)
+    started.engine.close()
     context.destroy(linger=0)
 
 

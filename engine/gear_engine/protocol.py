@@ -115,6 +115,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     swaps_out_total: int = 0
     swaps_in_total: int = 0
     preemptions_total: int = 0
+    cache_dir_bytes: int = 0
+    cache_dir_saved_total: int = 0  # pages
+    cache_dir_read_total: int = 0
 
 
 class PageError(msgspec.Struct, frozen=True):

@@ -8,9 +8,11 @@ again from the tokens, which are kept, so nothing is lost.
 
 import bisect
 from collections.abc import Sequence as Many
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from gear_compression.layout import Layout
+from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move, Page, PageKey, PrefixCache
 from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
@@ -29,6 +31,7 @@ def service_order(priority: int, arrival: int) -> tuple[int, int]:
 
 
 MAX_LOOKED_AT = 64  # waiting sequences in a step
+MAX_READS = 4  # prefixes that are read from the page store at a time
 
 
 @dataclass(slots=True)
@@ -66,17 +69,25 @@ class Scheduler:
         eos_token_ids: Many[int],
         prefix_cache: bool = True,
         num_host_slots: int = 0,
+        store: PageStore | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
-        """`prefix_cache` off: sequences share nothing. `num_host_slots`: of host memory, to swap pages out to."""
+        """`prefix_cache` off: sequences share nothing. `num_host_slots`: of host memory, to swap pages out to.
+
+        `chunk_tokens`: prompt tokens in a step beside decoding sequences, and one more for each of these, because a
+        step of many takes longer anyway: it bounds what an arriving prompt adds to their latency. None: no bound.
+        """
         assert max_batch_tokens >= max_running, "a step must have room for one token of every running sequence"
         self.allocator = allocator
         self.host = SlotAllocator(num_host_slots)
-        self.cache = PrefixCache(allocator, self.host)
+        self.cache = PrefixCache(allocator, self.host, store)
+        self._reads: dict[bytes, Future[list[bytes]]] = {}  # of pages in the store, by the key of the first
         self.prefix_cache = prefix_cache
         self.layout = layout
         self._page_size, self._run_tokens = layout.page_size, layout.run_tokens
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
+        self.chunk_tokens = chunk_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self.waiting: list[Sequence] = []
@@ -122,6 +133,8 @@ class Scheduler:
                 prompts.append(sequence)
             elif sequence.is_running:  # it may have been preempted for one before it
                 self._take(sequence, 1, step)
+        if step.items and self.chunk_tokens is not None:
+            step.budget = min(step.budget, self.chunk_tokens + len(step.items))
         for sequence in prompts:
             if step.budget and sequence.is_running:
                 self._take(sequence, min(sequence.num_to_compute, step.budget), step)
@@ -148,7 +161,10 @@ class Scheduler:
             # first chunk alone, a long prompt would be thrown out again half-way, over and over.
             if self.running and not self._has_room(sequence, found, promised, step):
                 break  # slots come free when running sequences end
-            item = self._start(sequence, found, step.budget)
+            data = self._read(sequence, found, wait=not step.items)
+            if data is None:
+                continue  # others need not wait for the disk
+            item = self._start(sequence, found, data, step.budget)
             if item is None:
                 break
             _remove(self.waiting, sequence)
@@ -168,6 +184,23 @@ class Scheduler:
     def _reusable(self, sequence: Sequence) -> list[bytes]:
         page_size = self.layout.page_size
         return sequence.page_tokens(page_size)[: (len(sequence.token_ids) - 1) // page_size]
+
+    def _read(self, sequence: Sequence, found: list[Page], *, wait: bool) -> list[bytes] | None:
+        """The pages after `found` from the page store; None: they are being read, and `wait` is off."""
+        wanted = self.cache.stored(found, sequence.cache_salt, self._reusable(sequence)[len(found) :])
+        if self.cache.store is None or not wanted:
+            return []
+        key = wanted[0].key
+        if key not in self._reads:
+            if len(self._reads) >= MAX_READS:
+                unused = [key for key, read in self._reads.items() if read.done()]  # whose request was aborted
+                if not unused:
+                    return None
+                del self._reads[unused[0]]
+            self._reads[key] = self.cache.store.read(wanted)
+        if not (wait or self._reads[key].done()):
+            return None
+        return self._reads.pop(key).result()
 
     def _next_page(self, sequence: Sequence) -> PageKey | None:
         """What the page that a running sequence is computing will be known by, if all its tokens are known."""
@@ -206,12 +239,21 @@ class Scheduler:
         in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
         return available + step.num_slots >= promised + wanted + in_flight
 
-    def _start(self, sequence: Sequence, found: list[Page], budget: int) -> Scheduled | None:
-        """Its first chunk, after the pages `found` and its open page if it was swapped out; None: no slots for it."""
-        num_found = len(found) * self.layout.page_size
-        resumes = num_found <= sequence.num_swapped < num_found + self.layout.page_size
+    def _start(self, sequence: Sequence, found: list[Page], data: list[bytes], budget: int) -> Scheduled | None:
+        """Its first chunk, after the pages `found`, those in `data`, and its open page if it was swapped out.
+
+        None: no slots for it.
+        """
+        num_found = (len(found) + len(data)) * self._page_size
+        resumes = num_found <= sequence.num_swapped < num_found + self._page_size
         if not self.cache.hold(found):
             return None
+        if data:
+            pages = self.cache.load(found, sequence.cache_salt, self._reusable(sequence)[len(found) :], data)
+            if pages is None:
+                self.cache.release(found)
+                return None
+            found = pages
         runs = self.cache.take(len(sequence.host_slots) if resumes else 0)
         if runs is None:
             self.cache.release(found)
@@ -370,7 +412,7 @@ class Scheduler:
 
     def stats(self, peak_memory_bytes: int) -> EngineStats:
         """State now and totals since the start. What sequences share counts once, what is only cached not as KV."""
-        page_bytes, page_size = self.layout.page_bytes, self.layout.page_size
+        page_bytes, page_size, store = self.layout.page_bytes, self._page_size, self.cache.store
         num_open = sum(len(s.open_slots) for s in self.running)
         num_sealed = self.allocator.num_active - num_open
         return EngineStats(
@@ -393,6 +435,9 @@ class Scheduler:
             swaps_out_total=self.num_swaps_out,
             swaps_in_total=self.num_swaps_in,
             preemptions_total=self.num_preemptions,
+            cache_dir_bytes=store.num_bytes if store else 0,
+            cache_dir_saved_total=store.num_saved if store else 0,
+            cache_dir_read_total=store.num_read if store else 0,
         )
 
     def check_integrity(self) -> None:

@@ -6,7 +6,7 @@ All mutable state of a request lives here, and only the scheduler changes it.
 from array import array
 from dataclasses import dataclass, field
 
-from gear_engine.prefix_cache import Move, Page
+from gear_engine.prefix_cache import Load, Move, Page, Save
 from gear_engine.protocol import SamplingParams
 
 
@@ -72,7 +72,7 @@ class Batch:
     """What one step runs: decodes first, then prompt chunks; and before that, what is copied to and from the host."""
 
     scheduled: list[Scheduled]
-    moves: list[Move]
+    moves: list[Move | Save | Load]
 
     @property
     def num_tokens(self) -> int:
