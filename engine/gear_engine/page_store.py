@@ -192,7 +192,9 @@ class PageStore:
 
     def _make_room(self, size: int) -> None:
         while self._files and self.num_bytes + size > self.max_bytes:
-            self._remove(next(iter(self._files)))
+            with self._lock:
+                oldest = next(iter(self._files))
+            self._remove(oldest)
 
     def _remove(self, name: str) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator, num_slots_held
 
 NUM_REQUESTS = 32
-MAX_TOKENS = 90
+MAX_TOKENS = 60
 # Mixed: short and long, some of them with a common beginning; each grows past a run of its open page.
 MIXED = [
     (SYSTEM[:130] if i % 3 == 0 else []) + [(7 * j * j + 3 * j + i) % 125 + 3 for j in range(20 + 11 * (i % 9))]
