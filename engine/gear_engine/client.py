@@ -208,7 +208,13 @@ class EngineClient:
                 logger.exception("a listener of engine steps failed")
 
     def submit(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
     ) -> "RequestStream":
         """Queue a request now and return its outputs, the last with `finish_reason`.
 
@@ -217,11 +223,11 @@ class EngineClient:
         """
         if self._dead is not None:
             raise EngineDead(str(self._dead))  # a new one: raising one again and again would grow its traceback
-        validate(token_ids, params, max_model_len=self.info.max_model_len, vocab_size=self.info.vocab_size)
+        validate(token_ids, params, timeout_s, max_model_len=self.info.max_model_len, vocab_size=self.info.vocab_size)
         if self.num_requests >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(self.num_requests - self.config.max_running)
         assert request_id not in self._streams, f"request id {request_id} is in use"
-        self._send(AddRequest(request_id, token_ids, params, priority, cache_salt))
+        self._send(AddRequest(request_id, token_ids, params, priority, cache_salt, timeout_s))
         stream = self._streams[request_id] = RequestStream(request_id, self)
         return stream
 
@@ -240,12 +246,19 @@ class EngineClient:
         if self._socket is not None and self._dead is None:
             self._socket.send(_encode(message))  # to a connected engine: done at once, nothing to await
 
+    @property
+    def _patience_s(self) -> float:
+        """How long a stop may take; an engine that saves pages needs some seconds for that (`Engine.close`)."""
+        if not self.is_alive:
+            return 0
+        return 5 if self.config.cache_dir is None else 20
+
     async def close(self) -> None:
         """Stop the engine process (politely, then by force) and remove the socket."""
         if self._process is not None and self._process.returncode is None:
             self._send(Shutdown())
             try:  # one that is still starting, or that nothing can be sent to, does not listen
-                await asyncio.wait_for(self._process.wait(), timeout=5 if self.is_alive else 0)
+                await asyncio.wait_for(self._process.wait(), timeout=self._patience_s)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()

@@ -22,5 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # tokens in a step
     max_waiting: int = 1024  # requests in the queue; one more is refused
     swap_space: str = "auto"  # of host memory, a size or 0; auto: at most 4GiB and an eighth of what pages could have
+    cache_dir: str | None = None  # where pages go that memory has no room for; None: nowhere
+    cache_dir_space: str = "8GiB"  # a size
     prefix_cache: bool = True  # sealed pages stay until their space is needed, for prompts that begin alike
     log_format: LogFormat = "text"  # of the engine process

@@ -3,6 +3,7 @@
 `step` reads schedule → move → run → draw → advance → commit; a runner may compute a batch while the next is scheduled.
 """
 
+import heapq
 import logging
 import random
 import resource
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gear_engine.grammar import Grammars
 from gear_engine.logprobs import token_logprobs, unpack
+from gear_engine.prefix_cache import Load, Move, Save
 from gear_engine.protocol import (
     AddRequest,
     EngineStats,
@@ -29,10 +31,11 @@ from gear_engine.protocol import (
 )
 from gear_engine.runner import Runner, RunResult
 from gear_engine.sampler import Sampler, SamplingRow, reads_history
-from gear_engine.scheduler import Scheduler
+from gear_engine.scheduler import Scheduler, service_order
 from gear_engine.sequence import Batch, Scheduled, Sequence
 
 logger = logging.getLogger(__name__)
+SAVE_S = 10.0  # for pages that are to be there after a restart
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ class Engine:
         self.grammars = grammars
         self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
         self._num_arrivals = 0
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that have ended stay until their time
         self._seeds = random.Random()
 
     @property
@@ -133,27 +137,30 @@ class Engine:
         validate(
             request.token_ids,
             request.params,
+            request.timeout_s,
             max_model_len=self.limits.max_model_len,
             vocab_size=self.limits.vocab_size,
         )
-        if self.scheduler.has(request.request_id):
+        if self.scheduler.get(request.request_id) is not None:
             raise RequestError(f"request id {request.request_id!r} is in use: choose another", "request_id")
         matcher = self._matcher(request.params.grammar)
         self._num_arrivals += 1
-        seed = request.params.seed
-        self.scheduler.add(
-            Sequence(
-                request_id=request.request_id,
-                token_ids=list(request.token_ids),
-                num_prompt=len(request.token_ids),
-                params=request.params,
-                seed=self._seeds.getrandbits(63) if seed is None else seed,
-                order=(request.priority, self._num_arrivals),
-                arrival_s=time.monotonic(),
-                cache_salt=request.cache_salt,
-                matcher=matcher,
-            )
+        seed, now_s, timeout_s = request.params.seed, time.monotonic(), request.timeout_s
+        sequence = Sequence(
+            request_id=request.request_id,
+            token_ids=list(request.token_ids),
+            num_prompt=len(request.token_ids),
+            params=request.params,
+            seed=self._seeds.getrandbits(63) if seed is None else seed,
+            order=service_order(request.priority, self._num_arrivals),
+            arrival_s=now_s,
+            deadline_s=None if timeout_s is None else now_s + timeout_s,
+            cache_salt=request.cache_salt,
+            matcher=matcher,
         )
+        self.scheduler.add(sequence)
+        if sequence.deadline_s is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline_s, self._num_arrivals, sequence))
 
     def _matcher(self, grammar: str) -> LLMatcher | None:
         if not grammar:
@@ -168,6 +175,15 @@ class Engine:
             return None
         return RequestOutput(request_id, [], finish_reason="abort")
 
+    def _abort_overdue(self, now_s: float) -> list[RequestOutput]:
+        """End what has run or waited for as long as it was given."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if self.scheduler.get(sequence.request_id) is sequence:
+                ended.append(self.abort(sequence.request_id))
+        return [output for output in ended if output is not None]
+
     def step(self) -> StepReport:
         """Launch one batch and commit one. A request that fails ends with an error; the others go on.
 
@@ -175,6 +191,7 @@ class Engine:
         scheduled, while the device computes. Else it is the same.
         """
         start_s = time.monotonic()
+        overdue = self._abort_overdue(start_s)
         outputs: list[RequestOutput] = []
         page_errors: list[PageError] = []
         before, self._in_flight = self._in_flight, None
@@ -196,7 +213,7 @@ class Engine:
         elif batch.scheduled:
             self._in_flight = launched
         return StepReport(
-            outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
+            overdue + outputs, self.stats(), time.monotonic() - start_s, batch.num_tokens, queue_times_s, page_errors
         )
 
     def _needs_tokens(self) -> bool:
@@ -205,7 +222,7 @@ class Engine:
 
     def _launch(self, batch: Batch) -> "_Launched":
         """Hand a batch to the device: what it copies, computes and draws."""
-        self.runner.move(batch.moves)
+        self._move(batch.moves)
         failed: dict[str, str] = {}
         parts = []
         drawn_by: list[Sequence] = []
@@ -277,6 +294,40 @@ class Engine:
             page_errors += part.result.page_errors
         outputs = self.scheduler.commit(launched.batch, tokens, failed)
         return _with_logprobs(outputs, launched.batch.scheduled, logprobs)
+
+    def _move(self, moves: list[Move | Save | Load]) -> None:
+        """Copy pages between the pool, host memory and the page store, in order."""
+        between: list[Move] = []  # pool and host memory: handed over together
+        for move in moves:
+            if isinstance(move, Move):
+                between.append(move)
+                continue
+            self.runner.move(between)
+            between = []
+            if isinstance(move, Load):
+                self.runner.write_page(move.slot, move.data)
+            elif self.scheduler.cache.store is not None:
+                self.scheduler.cache.store.save(move.page, self.runner.read_page(move.slot, in_host=move.in_host))
+        self.runner.move(between)
+
+    def close(self) -> None:
+        """Keep the cached pages in the page store, if there is one, as many as `SAVE_S` seconds allow."""
+        store, end_s = self.scheduler.cache.store, time.monotonic() + SAVE_S
+        if store is None:
+            return
+        saves = self.scheduler.cache.to_save()
+        saves = saves[: store.max_bytes // self.scheduler.layout.page_bytes]
+        saved: list[bytes] = []
+        for save in saves:
+            if time.monotonic() > end_s:
+                logger.warning(
+                    "--cache-dir: %d of %d pages were not saved in time", len(saves) - len(saved), len(saves)
+                )
+                break
+            store.save_now(save.page, self.runner.read_page(save.slot, in_host=save.in_host))
+            saved.append(save.page.key)
+        store.touch(reversed(saved))  # of a chain the end goes first
+        store.close()
 
     def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
         """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""

@@ -41,6 +41,10 @@ class LLM:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
+    def close(self) -> None:
+        """Save cached pages to `cache_dir`, if there is one; nothing can be generated afterwards."""
+        self.engine.close()
+
     def generate(
         self, prompts: Sequence[str | list[int]], params: SamplingParams | Sequence[SamplingParams]
     ) -> list[Completion]:

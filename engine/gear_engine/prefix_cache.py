@@ -2,13 +2,14 @@
 
 A page is known by the chain (page before it, cache salt, its tokens), compared token by token and not by a digest, so
 that no text is ever taken for another. Its position follows from the chain; its model and format are the pool's.
-A page whose slot is needed goes to host memory while there is room, and comes back when it is found. Integers only:
-what is to be copied is noted in `moves`.
+A page whose slot is needed goes to host memory while there is room, from there to a directory if there is one, and
+comes back when it is found. Integers only: what is to be copied is noted in `moves`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gear_engine.page_store import PageStore, StoredPage
 from gear_engine.slots import SlotAllocator
 
 
@@ -19,6 +20,23 @@ class Move:
     slot: int
     host_slot: int
     out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """The bytes of a slot, of the pool or of host memory, are to go to the page store."""
+
+    slot: int
+    in_host: bool
+    page: StoredPage
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """These bytes, from the page store, are to be copied to a slot."""
+
+    slot: int
+    data: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -32,18 +50,24 @@ class Page:
     num_holders: int = 0  # sequences that attend to it
     num_children: int = 0  # indexed pages that go on from it
     in_host: bool = False  # and if so nobody holds it
+    key: bytes = b""  # in the page store, if there is one
+
+
+PageKey = tuple[Page | None, str, bytes]  # the page before it, salt, tokens
 
 
 class PrefixCache:
     """The pool's sealed pages. Those that nobody holds are cached, and evicted when slots run out: the longest unused
     first, and of a chain the last page first. From host memory they are dropped in the same order."""
 
-    def __init__(self, allocator: SlotAllocator, host: SlotAllocator) -> None:
+    def __init__(self, allocator: SlotAllocator, host: SlotAllocator, store: PageStore | None = None) -> None:
         """`host`: slots of host memory, shared with the open pages of sequences that were swapped out."""
         self.allocator = allocator
         self.host = host
-        self.moves: list[Move] = []  # to be made in this order, before the slots are written; whoever does empties it
-        self._index: dict[tuple[Page | None, str, bytes], Page] = {}
+        self.store = store
+        # To be made in this order, before the slots are written; whoever does empties it.
+        self.moves: list[Move | Save | Load] = []
+        self._index: dict[PageKey, Page] = {}
         # In the order in which their last holders left. A sequence lets go of its last page first, and holds no page
         # without those before it: so children stand before their parents, and the first is always a leaf.
         self._unheld: dict[Page, None] = {}
@@ -58,6 +82,30 @@ class PrefixCache:
                 break
             found.append(page)
         return found
+
+    def stored(self, found: list[Page], salt: str, page_tokens: Iterable[bytes]) -> list[StoredPage]:
+        """The longest chain that goes on from `found` in the page store."""
+        stored: list[StoredPage] = []
+        if self.store is None:
+            return stored
+        key = found[-1].key if found else self.store.identity
+        for tokens in page_tokens:
+            key = self.store.key(key, salt, tokens)
+            if not self.store.has(key):
+                break
+            stored.append(StoredPage(key, tokens))
+        return stored
+
+    def load(self, found: list[Page], salt: str, page_tokens: Iterable[bytes], data: list[bytes]) -> list[Page] | None:
+        """Put what the page store gave into the pool, after the held chain `found`: held as well; None: no slots."""
+        slots = self.take(len(data))
+        if slots is None:
+            return None
+        pages = list(found)
+        for tokens, slot, content in zip(page_tokens, slots, data, strict=False):
+            self.moves.append(Load(slot, content))
+            pages.append(self.add(pages[-1] if pages else None, salt, tokens, slot))
+        return pages
 
     def hold(self, pages: list[Page]) -> bool:
         """Hold a chain, bringing back what is in host memory; False if that finds no slots: then nothing is held."""
@@ -108,6 +156,8 @@ class PrefixCache:
             self.hold([page])
         else:
             page = self._index[key] = Page(slot, parent, salt, tokens, num_holders=1)
+            if self.store is not None:
+                page.key = self.store.key(parent.key if parent else self.store.identity, salt, tokens)
             if parent is not None:
                 parent.num_children += 1
         return page
@@ -115,6 +165,8 @@ class PrefixCache:
     def take(self, count: int) -> list[int] | None:
         """`count` slots, evicting as few pages as need be; None if there are not so many: then nothing is evicted."""
         missing = count - self.allocator.num_free
+        if missing <= 0:
+            return self.allocator.take(count)
         if missing > len(self._unheld):
             return None
         for _ in range(missing):
@@ -127,6 +179,7 @@ class PrefixCache:
         self.allocator.give_back([page.slot])
         host_slots = self.take_host(1)
         if host_slots is None:
+            self._save(page)
             self._forget(page)
             return
         self.moves.append(Move(page.slot, host_slots[0], out=True))
@@ -142,12 +195,25 @@ class PrefixCache:
             page = next(iter(self._in_host))
             del self._in_host[page]
             self.host.give_back([page.slot])
+            self._save(page)
             self._forget(page)
         return self.host.take(count)
 
     def host_slots(self) -> list[int]:
         """Of the pages in host memory."""
         return [page.slot for page in self._in_host]
+
+    def _save(self, page: Page) -> None:
+        """Its slot is free from now on, and holds it until the move is made."""
+        if self.store is not None and self.store.wants(page.key):
+            self.moves.append(Save(page.slot, page.in_host, StoredPage(page.key, page.tokens)))
+
+    def to_save(self) -> list[Save]:
+        """All pages that are not in the page store, the last used first and each after the one before it."""
+        assert self.store is not None
+        held = [page for page in self._index.values() if page.num_holders]
+        pages = [*held, *reversed(self._unheld), *reversed(self._in_host)]
+        return [Save(p.slot, p.in_host, StoredPage(p.key, p.tokens)) for p in pages if not self.store.has(p.key)]
 
     def _forget(self, page: Page) -> None:
         assert not page.num_children, "a page is forgotten after those that follow it"

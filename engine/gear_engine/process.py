@@ -4,6 +4,7 @@ Started by `client.py` as `python -m gear_engine.process ADDRESS PARENT_PID CONF
 parent.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -55,7 +56,9 @@ def main() -> None:
         socket.close(linger=2000)
         sys.exit(1)
     _send(socket, started.info)
+    gc.freeze()  # what a start has made stays: the collector need not walk through it in the middle of a step
     _serve(started.engine, socket)
+    started.engine.close()
     context.destroy(linger=0)
 
 

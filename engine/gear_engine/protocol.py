@@ -37,8 +37,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     request_id: str
     token_ids: list[int]
     params: SamplingParams
-    priority: int = 0  # lower runs first, as in vLLM
+    priority: int = 0  # lower runs first, as in vLLM; each is worth 1000 arrivals, so that none starves
     cache_salt: str = ""  # cached pages are found only by requests of the same salt
+    timeout_s: float | None = None  # after that it ends as it is, with finish_reason "abort"; counted by the engine
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -129,6 +130,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     swaps_out_total: int = 0
     swaps_in_total: int = 0
     preemptions_total: int = 0
+    cache_dir_bytes: int = 0
+    cache_dir_saved_total: int = 0  # pages
+    cache_dir_read_total: int = 0
 
 
 class PageError(msgspec.Struct, frozen=True):
@@ -191,8 +195,12 @@ _BOUNDS: list[tuple[str, float, float]] = [
 ]
 
 
-def validate(token_ids: list[int], params: SamplingParams, *, max_model_len: int, vocab_size: int) -> None:
+def validate(
+    token_ids: list[int], params: SamplingParams, timeout_s: float | None, *, max_model_len: int, vocab_size: int
+) -> None:
     """Raise `RequestError` for anything the engine could not run as asked."""
+    if timeout_s is not None and not timeout_s > 0:  # also refuses NaN
+        raise RequestError(f"timeout must be above 0 seconds, got {timeout_s:g}: leave it out for none", "timeout")
     if not token_ids:
         raise RequestError("the prompt is empty: send at least one token", "prompt")
     for token in token_ids:

@@ -56,6 +56,10 @@ class Runner(Protocol):
 
     def move(self, moves: list[Move]) -> None: ...
 
+    def read_page(self, slot: int, *, in_host: bool) -> bytes: ...
+
+    def write_page(self, slot: int, data: bytes) -> None: ...
+
 
 class PooledAttention:
     """One step's attention: handed down through the model to every layer, with the step's plan."""
@@ -143,6 +147,13 @@ class ModelRunner:
                 self.host_slab[move.host_slot].copy_(self.slab[move.slot])
             else:
                 self.slab[move.slot].copy_(self.host_slab[move.host_slot])
+
+    def read_page(self, slot: int, *, in_host: bool) -> bytes:
+        """The bytes of a slot, of the pool or of host memory, after all moves so far."""
+        return (self.host_slab if in_host else self.slab)[slot].cpu().numpy().tobytes()
+
+    def write_page(self, slot: int, data: bytes) -> None:
+        self.slab[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _page_errors(self) -> list[PageError]:
         if isinstance(self.backend, ReferenceBackend):

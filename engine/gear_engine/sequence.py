@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gear_engine.prefix_cache import Move, Page
+from gear_engine.prefix_cache import Load, Move, Page, Save
 from gear_engine.protocol import SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -16,18 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """[0 .. num_computed) is in the pool: pages in `pages` and `fresh_slots`, the rest in the runs `open_slots`."""
+    """[0 .. num_computed) is in the pool: pages in `page_slots`, the rest in the runs `open_slots`."""
 
     request_id: str
     token_ids: list[int]  # prompt, then what was sampled
     num_prompt: int
     params: SamplingParams
     seed: int
-    order: tuple[int, int]  # (priority, arrival): the smaller runs first and is preempted last
+    order: tuple[int, int]  # the scheduler's `service_order`
     arrival_s: float  # time.monotonic() when the request came in
+    deadline_s: float | None = None  # time.monotonic() at which it ends as it is
     cache_salt: str = ""  # sequences share pages only with those of the same salt
+    is_running: bool = False  # or else it waits
     pages: list[Page] = field(default_factory=list)  # may be shared with other sequences
-    fresh_slots: list[int] = field(default_factory=list)  # pages after these, of a step that is not committed yet
+    page_slots: list[int] = field(default_factory=list)  # their slots, then those of a step that is not committed yet
     open_slots: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0  # 1 while its last token is being drawn: computed with already, but not known yet
@@ -39,6 +41,11 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens from the second on, if asked for
     has_ended: bool = False
     _page_tokens: list[bytes] = field(default_factory=list)
+
+    @property
+    def fresh_slots(self) -> list[int]:
+        """Of pages that a step has sealed which is not committed yet. `page_slots` is replaced, never changed."""
+        return self.page_slots[len(self.pages) :]
 
     @property
     def num_tokens(self) -> int:
@@ -66,9 +73,12 @@ class Sequence:
         return self._page_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would make 512 of them a step cost half a millisecond more
 class Scheduled:
-    """One sequence's share of a step: it computes [start .. start + num_new) into slots that are taken already."""
+    """One sequence's share of a step: it computes [start .. start + num_new) into slots that are taken already.
+
+    Not to be changed: its lists may be the sequence's own.
+    """
 
     sequence: Sequence
     start: int
@@ -95,7 +105,7 @@ class Batch:
     """What one step runs: decodes first, then prompt chunks; and before that, what is copied to and from the host."""
 
     scheduled: list[Scheduled]
-    moves: list[Move]
+    moves: list[Move | Save | Load]
 
     @property
     def num_tokens(self) -> int:

@@ -81,6 +81,7 @@ def _plan(context: Context, body: ChatRequest, request_id: str, arrived_s: float
         keep_special_ids=frozenset(i for marker in markers if (i := special_id(marker)) is not None),
         make_reader=lambda: _reader(context, body, text),
         priority=body.priority,
+        timeout_s=body.timeout,
         cache_salt=salt,
     )
 

@@ -96,6 +96,17 @@ def serve(
             _engine.swap_space,
         ),
     ] = None,
+    cache_dir: Annotated[
+        str | None,
+        _option(
+            "--cache-dir",
+            "Directory for cached prompts that memory has no room for, and that are to be there after a restart. "
+            "It tells what prompts said: keep it private.",
+        ),
+    ] = None,
+    cache_dir_space: Annotated[
+        str | None, _option("--cache-dir-space", "What --cache-dir may take, such as 50GiB.", _engine.cache_dir_space)
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         _option(

@@ -49,6 +49,7 @@ def completion_routes(context: Context) -> APIRouter:
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             priority=body.priority,
+            timeout_s=body.timeout,
             cache_salt=cache_salt(request, body.cache_salt, isolate_keys=context.settings.isolate_keys),
         )
         return await answer(request, body, Generation(plan, context), CompletionFormat(plan, model, body, context))

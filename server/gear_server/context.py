@@ -30,7 +30,13 @@ class Engine(Protocol):
     def add_listener(self, listener: StepListener) -> None: ...
 
     def submit(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
     ) -> RequestStream: ...
 
     def abort(self, request_id: str) -> None: ...

@@ -51,6 +51,7 @@ class Plan:
     make_reader: Callable[[], AnswerReader] | None = None  # of chats: tells reasoning, content and calls apart
     priority: int = 0
     cache_salt: str = ""
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,9 @@ def _submit(plan: Plan, context: Context) -> list[RequestStream]:
                 request_id = f"{plan.request_id}-{len(streams)}"
                 params = for_choice(prompt.params, i)
                 try:
-                    stream = context.engine.submit(request_id, prompt.token_ids, params, plan.priority, plan.cache_salt)
+                    stream = context.engine.submit(
+                        request_id, prompt.token_ids, params, plan.priority, plan.cache_salt, plan.timeout_s
+                    )
                 except RequestError as error:
                     if error.param == "prompt":
                         error.param = plan.prompt_param

@@ -117,6 +117,14 @@ METRICS: tuple[MetricSpec, ...] = (
         "gear_preemptions_total", "counter", "Sequences whose pages were lost and are computed again.",
         read=_field("preemptions_total"),
     ),
+    MetricSpec("gear_cache_dir_bytes", "gauge", "Bytes of files in --cache-dir.", read=_field("cache_dir_bytes")),
+    MetricSpec(
+        "gear_cache_dir_pages_total", "counter", "Cached pages written to --cache-dir and read from it.",
+        labels=("direction",),
+        read=lambda stats, info: [
+            (("out",), stats.cache_dir_saved_total), (("in",), stats.cache_dir_read_total),
+        ],
+    ),
     MetricSpec(
         "gear_kv_compression_ratio", "gauge",
         "bf16 bytes of a token over its bytes in a sealed page, metadata included: a property of the preset.",

@@ -102,7 +102,9 @@ class SamplingBody(Body):
     include_stop_str_in_output: Flag = Field(False, description="Leave the text or token that ended it in the answer.")
     min_tokens: Int = Field(0, ge=0, le=MAX_TOKENS, description="Nothing ends the answer before that many tokens.")
     ignore_eos: Flag = Field(False, description="Go on after the model's end-of-sequence token.")
-    priority: Int32 = Field(0, description="Lower runs first.")
+    priority: Int32 = Field(
+        0, description="Lower runs first; one less is worth having arrived 1000 requests earlier, so that none starves."
+    )
     cache_salt: str = Field("", max_length=1024, description="Share cached prompts only with requests of this salt.")
     skip_special_tokens: Flag = Field(True, description="Leave special tokens out of the text.")
     return_token_ids: Flag = Field(False, description="Send token ids along, of the prompt too.")
@@ -126,6 +128,9 @@ class SamplingBody(Body):
     guided_choice: Choices | None = Field(None, description="Older name of structured_outputs.choice.")
     guided_grammar: str | None = Field(
         None, min_length=1, max_length=262144, description="Older name of structured_outputs.grammar."
+    )
+    timeout: Number | None = Field(
+        None, gt=0, description='Seconds after which the answer ends as it is, with finish_reason "abort".'
     )
     user: Any = Field(None, description="Accepted and not used.")
 

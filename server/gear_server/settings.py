@@ -69,6 +69,8 @@ class Settings(BaseModel):
     max_batch_tokens: AtLeastOne | None = None
     max_waiting: Annotated[int, Field(ge=0)] | None = None
     swap_space: Annotated[str | None, BeforeValidator(_number_to_text)] = None
+    cache_dir: str | None = None
+    cache_dir_space: str | None = None
     prefix_cache: bool | None = None
 
     @property

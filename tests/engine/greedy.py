@@ -5,6 +5,7 @@ import torch
 from gear_compression import PRESETS, layout_for
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
+from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, SamplingParams
 from gear_engine.runner import ModelRunner, RunResult
@@ -29,6 +30,12 @@ class RecordingRunner:
     def move(self, moves: list[Move]) -> None:
         self.runner.move(moves)
 
+    def read_page(self, slot: int, *, in_host: bool) -> bytes:
+        return self.runner.read_page(slot, in_host=in_host)
+
+    def write_page(self, slot: int, data: bytes) -> None:
+        self.runner.write_page(slot, data)
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         result = self.runner.run(scheduled)
         rows = [item.sequence for item in scheduled if item.samples]
@@ -47,6 +54,7 @@ def generate(
     backend: str = "cpu",
     max_tokens: int = 24,
     num_host_slots: int = 0,
+    store: PageStore | None = None,
 ) -> tuple[list[list[int]], RecordingRunner, Scheduler]:
     """Greedy texts of all prompts, run together."""
     layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 4)
@@ -58,6 +66,7 @@ def generate(
         max_batch_tokens=chunk,
         eos_token_ids=[],
         num_host_slots=num_host_slots,
+        store=store,
     )
     engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(512, loaded.vocab_size))
     for i, prompt in enumerate(prompts):
@@ -69,6 +78,7 @@ def generate(
             texts[int(output.request_id)] += output.token_ids
         scheduler.check_integrity()
     assert scheduler.allocator.num_active == 0
+    engine.close()
     return texts, runner, scheduler
 
 

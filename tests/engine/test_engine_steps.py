@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gear_compression import PRESETS, layout_for
 from gear_compression.layout import Layout
 from gear_engine.engine import Engine, Limits
+from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, RequestOutput, SamplingParams
 from gear_engine.runner import RunResult
@@ -29,9 +30,16 @@ class ScriptedRunner:
         self.too_large = too_large  # tokens in a step that memory does not suffice for
         self.steps: list[list[tuple[str, int, int]]] = []
         self.moves: list[Move] = []
+        self.loaded: list[int] = []
 
     def move(self, moves: list[Move]) -> None:
         self.moves += moves
+
+    def read_page(self, slot: int, *, in_host: bool) -> bytes:
+        return bytes(4)
+
+    def write_page(self, slot: int, data: bytes) -> None:
+        self.loaded.append(slot)
 
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         if sum(item.num_new for item in scheduled) >= self.too_large:
@@ -60,6 +68,8 @@ def engine(
     max_running: int = 4,
     prefix_cache: bool = True,
     num_host_slots: int = 0,
+    store: PageStore | None = None,
+    chunk_tokens: int | None = None,
 ) -> Engine:
     scheduler = Scheduler(
         SlotAllocator(num_slots),
@@ -69,6 +79,8 @@ def engine(
         eos_token_ids=[EOS],
         prefix_cache=prefix_cache,
         num_host_slots=num_host_slots,
+        store=store,
+        chunk_tokens=chunk_tokens,
     )
     return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(400, VOCAB))
 
@@ -104,6 +116,19 @@ def test_decodes_go_first_and_prompts_fill_what_the_budget_leaves() -> None:
     target.step()
     target.step()
     assert runner.steps == [[("a", 0, 10)], [("a", 10, 1), ("b", 0, 63)], [("a", 11, 1), ("b", 63, 37)]]
+
+
+def test_a_prompt_that_arrives_beside_decodes_comes_in_small_chunks() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner, chunk=200, chunk_tokens=16)
+    add(target, "a", 100, max_tokens=4)
+    add(target, "b", 50, max_tokens=4)
+    target.step()
+    add(target, "long", 200)
+    run(target)
+    assert runner.steps[0] == [("a", 0, 100), ("b", 0, 50)]  # nobody decodes yet
+    assert runner.steps[1:4] == [[("a", 100 + i, 1), ("b", 50 + i, 1), ("long", 18 * i, 18)] for i in range(3)]
+    assert runner.steps[4] == [("long", 54, 146)]  # nobody decodes any more
 
 
 def test_a_smaller_priority_number_runs_first() -> None:

@@ -5,6 +5,8 @@ The runner has no model and a memory: it writes into slots what a real one would
 """
 
 import hashlib
+import tempfile
+from pathlib import Path
 
 import torch
 from hypothesis import settings
@@ -14,6 +16,7 @@ from test_engine_steps import VOCAB, tiny_layout
 
 from gear_compression.layout import Layout
 from gear_engine.engine import Engine, Limits
+from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, SamplingParams
 from gear_engine.runner import RunResult
@@ -42,6 +45,12 @@ class RememberingRunner:
                 self.host_slab[move.host_slot] = self.slab[move.slot]
             else:
                 self.slab[move.slot] = self.host_slab[move.host_slot]
+
+    def read_page(self, slot: int, *, in_host: bool) -> bytes:
+        return bytes((self.host_slab if in_host else self.slab)[slot])
+
+    def write_page(self, slot: int, data: bytes) -> None:
+        self.slab[slot] = list(data)
 
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         writes: dict[int, list[int]] = {}
@@ -98,13 +107,25 @@ class Serving(RuleBasedStateMachine):
         num_host_slots=st.sampled_from([0, 1, 3, 8, 50]),
         prefix_cache=st.booleans(),
         chunk=st.sampled_from([20, 70, 200]),
+        num_files=st.sampled_from([0, 2, 50]),
         overlaps=st.booleans(),
     )
     def start(
-        self, preset: str, spare: int, num_host_slots: int, prefix_cache: bool, chunk: int, overlaps: bool
+        self,
+        preset: str,
+        spare: int,
+        num_host_slots: int,
+        prefix_cache: bool,
+        chunk: int,
+        num_files: int,
+        overlaps: bool,
     ) -> None:
         layout = tiny_layout(preset)
         self.failing: set[str] = set()
+        self.folder = tempfile.TemporaryDirectory()
+        store = None
+        if num_files and prefix_cache:
+            store = PageStore(Path(self.folder.name), num_files * 5 * layout.page_size, bytes(32), layout.page_size)
         self.runner = RememberingRunner(layout, self.failing, overlaps)
         self.scheduler = Scheduler(
             SlotAllocator(num_slots_for_one(layout, MAX_LEN) + spare),
@@ -114,6 +135,8 @@ class Serving(RuleBasedStateMachine):
             eos_token_ids=[],
             prefix_cache=prefix_cache,
             num_host_slots=num_host_slots,
+            store=store,
+            chunk_tokens=chunk // 4,
         )
         self.engine = Engine(self.scheduler, self.runner, Sampler(VOCAB, []), Limits(MAX_LEN, VOCAB))
         self.wanted: dict[str, AddRequest] = {}
@@ -204,6 +227,8 @@ class Serving(RuleBasedStateMachine):
         stats = self.engine.stats()
         assert stats.num_swapped == 0
         assert stats.pages_free + stats.pages_cached == self.scheduler.allocator.num_slots
+        self.engine.close()
+        self.folder.cleanup()
 
 
 Serving.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

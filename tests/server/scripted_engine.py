@@ -34,6 +34,7 @@ class Submitted:
     params: SamplingParams
     priority: int
     cache_salt: str
+    timeout_s: float | None
     stream: RequestStream
     playing: asyncio.Task[None] | None = None
     was_told: bool = False  # of its prompt's log-probabilities
@@ -85,16 +86,22 @@ class ScriptedEngine:
         pass
 
     def submit(
-        self, request_id: str, token_ids: list[int], params: SamplingParams, priority: int = 0, cache_salt: str = ""
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str = "",
+        timeout_s: float | None = None,
     ) -> RequestStream:
         if not self.is_alive:
             raise EngineDead("the engine process ended (code -9); requests in flight are lost")
-        validate(token_ids, params, max_model_len=self.max_model_len, vocab_size=self.info.vocab_size)
+        validate(token_ids, params, timeout_s, max_model_len=self.max_model_len, vocab_size=self.info.vocab_size)
         if self.num_requests >= self.max_requests:
             raise QueueFull(self.num_requests, retry_after_s=7)
         assert request_id not in self._streams
         stream = RequestStream(request_id, self)  # type: ignore[arg-type]
-        request = Submitted(request_id, token_ids, params, priority, cache_salt, stream)
+        request = Submitted(request_id, token_ids, params, priority, cache_salt, timeout_s, stream)
         self._streams[request_id] = request
         self.submitted.append(request)
         request.playing = asyncio.create_task(self._play(request))

@@ -106,13 +106,14 @@ async def test_sampling_parameters_reach_the_engine(client: httpx.AsyncClient, e
     await complete(
         client, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=3, presence_penalty=0.3, frequency_penalty=-0.2,
         repetition_penalty=1.2, logit_bias={"12": -100, "5": 1.5}, stop_token_ids=[9], min_tokens=2, ignore_eos=False,
-        priority=-3, user="me",
+        priority=-3, timeout=2.5, user="me",
     )  # fmt: skip
     params = engine.submitted[0].params
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0.5, 0.9, 7, 0.1, 3)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.3, -0.2, 1.2)
     assert params.logit_bias == {12: -100.0, 5: 1.5}
     assert (params.stop_token_ids, params.min_tokens, engine.submitted[0].priority) == ((9,), 2, -3)
+    assert engine.submitted[0].timeout_s == 2.5
 
 
 @pytest.mark.parametrize("off", [-1, 0, None])

@@ -54,6 +54,7 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ("min_tokens", 6, "min_tokens must be between 0 and max_tokens (5), got 6"),
         ("stop_token_ids", [10**6], "stop token id 1000000 is outside the vocabulary (0 to 393)"),
         ("priority", 2**31, "priority must be less than or equal to 2147483647, got 2147483648"),
+        ("timeout", 0, "timeout must be greater than 0, got 0"),
         ("stream_options", {"include_usage": True}, "stream_options is only for requests with stream set to true"),
         ("cache_salt", 5, "cache_salt must be a valid string, got 5"),
     ],

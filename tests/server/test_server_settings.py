@@ -49,7 +49,8 @@ def test_every_option_reaches_its_setting() -> None:
         "host": "::1", "port": 1, "served_model_name": ("x",), "api_key": ("k",), "device": "cpu", "dtype": "float32",
         "backend": "reference", "preset": "none", "memory": "8GiB", "num_pages": 2, "max_model_len": 3,
         "max_running": 4, "max_batch_tokens": 5, "max_waiting": 6, "metrics_port": 7, "log_level": "debug",
-        "swap_space": "1GiB", "metrics_host": "::1", "log_format": "json",
+        "swap_space": "1GiB", "cache_dir": "/tmp/pages", "cache_dir_space": "2GiB", "metrics_host": "::1",
+        "log_format": "json",
     }  # fmt: skip
     flags: list[str] = []
     for name, value in given.items():
@@ -60,7 +61,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert settings.engine_config == EngineConfig(
         model="some/model", device="cpu", dtype="float32", backend="reference", preset="none", memory="8GiB",
         num_pages=2, max_model_len=3, max_running=4, max_batch_tokens=5, max_waiting=6, swap_space="1GiB",
-        prefix_cache=False, log_format="json",
+        cache_dir="/tmp/pages", cache_dir_space="2GiB", prefix_cache=False, log_format="json",
     )  # fmt: skip
 
 
