@@ -474,7 +474,7 @@ class Scheduler:
         for sequences in (self.waiting, self.running):
             assert sequences == sorted(sequences, key=_order)
             assert all(s.is_running == (sequences is self.running) for s in sequences)
-            assert all(s.page_slots == [page.slot for page in s.pages] for s in sequences)
+            assert all(s.page_slots[: len(s.pages)] == [page.slot for page in s.pages] for s in sequences)
         assert set(self._sequences.values()) == {*self.waiting, *self.running}
         self.allocator.check_integrity()
         self.cache.check_integrity(page for s in self.running for page in s.pages)

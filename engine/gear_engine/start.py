@@ -27,7 +27,9 @@ from gear_engine.slots import SlotAllocator
 
 logger = logging.getLogger(__name__)
 
-# Beside 16 decoding sequences a CPU then computes 32 prompt tokens a step, which about doubles it (bench/pressure.py).
+# Beside 16 decoding sequences a CPU then computes 32 prompt tokens a step. At the beginning of a prompt that doubles
+# the step; after 4000 tokens, whose pages every chunk dequantises again, it takes four times as long
+# (bench/pressure.py).
 CHUNK_TOKENS = 16
 
 _DTYPES: dict[str, tuple[Dtype, torch.dtype]] = {
