@@ -135,7 +135,7 @@ def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, 
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = config.num_attention_heads
-    layer = tokens * 4 * (6 * hidden + 3 * wide)
+    layer = tokens * 4 * (6 * hidden + 4 * wide)  # gate and up as one product, gate activated, and the two multiplied
     scores = 5 * 4 * heads * min(layout.page_size, tokens) * max_len  # before and after cap, mask and softmax
     scratch = 2 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised
     sampling = 48 * rows * config.vocab_size  # logits in float32, integer weights, their sums and their order

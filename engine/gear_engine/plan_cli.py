@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def plan(
     model: Annotated[str | None, typer.Argument(help="A model folder, a .gguf file or a hub name.")] = None,
     preset: Annotated[str, typer.Option(help="How pages are stored: a name, or a preset file.")] = "near-lossless",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto, as for gear-serve.")] = "auto",
     memory: Annotated[str, typer.Option(help="A fraction of the machine's memory, or a size such as 8GiB.")] = "auto",
     swap_space: Annotated[
         str, typer.Option(help="Host memory to swap pages out to: a size such as 2GiB, or 0.")

@@ -15,7 +15,8 @@ from gear_compression.layout import Layout, layout_for
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_files import Dtype, model_folder
-from gear_engine.model_loader import LoadedModel, load_model
+from gear_engine.model_loader import LoadedModel, load_model, weights_bytes
+from gear_engine.packed import Products, can_pack, fastest_products, pack_linears
 from gear_engine.plan import MemoryPlan, plan_memory
 from gear_engine.protocol import AddRequest, EngineInfo, EngineStartError, SamplingParams
 from gear_engine.runner import BACKENDS, ModelRunner
@@ -43,7 +44,7 @@ class StartedEngine:
 def start_engine(config: EngineConfig) -> StartedEngine:
     """Raises `EngineStartError`, one sentence that names the remedy, for whatever cannot be served."""
     backend = _checked(config)
-    folder, loaded, layout, plan = _planned(config)
+    folder, loaded, layout, plan, products = _planned(config, backend)
     try:
         runner = ModelRunner(loaded, layout, plan.num_pages, backend, plan.num_host_pages)
     except RuntimeError as error:  # torch cannot get the slab from the system
@@ -53,20 +54,20 @@ def start_engine(config: EngineConfig) -> StartedEngine:
         ) from error
     _warm_up(_engine(config, loaded, layout, plan, runner))
     engine = _engine(config, loaded, layout, plan, runner)
-    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, _DTYPES[config.dtype][0]))
+    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, products))
 
 
 def planned_memory(config: EngineConfig) -> MemoryPlan:
     """What `start_engine` would take, without taking the pages."""
-    _checked(config)
-    return _planned(config)[3]
+    return _planned(config, _checked(config))[3]
 
 
-def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan]:
+def _planned(config: EngineConfig, backend: str) -> tuple[Path, LoadedModel, Layout, MemoryPlan, Products | None]:
     dtype_name, dtype = _DTYPES[config.dtype]
     folder = model_folder(config.model, dtype_name)
     runtime_bytes = psutil.Process().memory_info().rss
     loaded = load_model(folder, "cpu", dtype)
+    products = _pack(config, loaded, backend)
     layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
     plan = plan_memory(
         loaded.config,
@@ -81,7 +82,18 @@ def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPla
         max_batch_tokens=config.max_batch_tokens,
         swap_space=config.swap_space,
     )
-    return folder, loaded, layout, plan
+    return folder, loaded, layout, plan, products
+
+
+def _pack(config: EngineConfig, loaded: LoadedModel, backend: str) -> Products | None:
+    """Bring the weights into the form that this processor multiplies fastest; None where they stay as they are."""
+    if backend != "cpu" or not can_pack():
+        return None
+    dtype = loaded.model.dtype
+    products = fastest_products() if config.dtype == "auto" else Products(dtype, dtype)
+    packed_bytes = pack_linears(loaded.model, products)
+    loaded.weights_bytes = weights_bytes(loaded.model) + packed_bytes
+    return products
 
 
 def _checked(config: EngineConfig) -> str:
@@ -143,7 +155,13 @@ def _warm_up(engine: Engine) -> None:
 
 
 def _info(
-    config: EngineConfig, folder: Path, loaded: LoadedModel, layout: Layout, plan: MemoryPlan, backend: str, dtype: str
+    config: EngineConfig,
+    folder: Path,
+    loaded: LoadedModel,
+    layout: Layout,
+    plan: MemoryPlan,
+    backend: str,
+    products: Products | None,
 ) -> EngineInfo:
     return EngineInfo(
         model_path=str(folder),
@@ -153,7 +171,7 @@ def _info(
         preset=config.preset,
         backend=backend,
         device="cpu",
-        dtype=dtype,
+        dtype=_DTYPES[config.dtype][0],
         num_layers=loaded.num_layers,
         num_pages=plan.num_pages,
         page_size=layout.page_size,
@@ -161,5 +179,5 @@ def _info(
         bf16_token_bytes=layout.token_bytes,
         kv_compression_ratio=layout.compression_ratio,
         memory=plan.rows(),
-        memory_table=plan.table(config.preset),
+        memory_table=f"{plan.table(config.preset)}\nproducts  {products or 'of weights as PyTorch keeps them'}",
     )
