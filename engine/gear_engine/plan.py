@@ -136,8 +136,9 @@ def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, 
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = config.num_attention_heads
     layer = tokens * 4 * (6 * hidden + 4 * wide)  # gate and up as one product, gate activated, and the two multiplied
-    scores = 5 * 4 * heads * min(layout.page_size, tokens) * max_len  # before and after cap, mask and softmax
-    scratch = 2 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised
+    # Before and after cap, mask and softmax; without a cap, which the config need not tell of, the masks of 8 segments.
+    scores = max(5 * heads, 8) * 4 * min(layout.page_size, tokens) * max_len
+    scratch = 4 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised, placed
     sampling = 48 * rows * config.vocab_size  # logits in float32, integer weights, their sums and their order
     return layer + scores + scratch + sampling
 
