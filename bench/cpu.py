@@ -1,9 +1,11 @@
-"""Decode speed on a CPU beside transformers' own `generate`: same model, dtype and threads, one run.
+"""Decode speed on a CPU beside transformers' own `generate`: same model and threads, one run.
 
-    python bench/cpu.py [--context 512] [--new 48] [--json OUT]
+    python bench/cpu.py [--context 512] [--new 48] [--rounds 3] [--json OUT]
 
-Prints tokens/s at batch 1 and 16 for `generate`, for raw pages and for near-lossless pages; the ratios are the medians
-of interleaved rounds. Decode counts from the first token of all sequences to the last; prefill is what comes before.
+Prints tokens/s at batch 1 and 16 for `generate` in float32, for near-lossless and raw pages in float32, and for
+near-lossless pages with the dtype that `--dtype auto` finds; the ratios are the medians of interleaved rounds. Decode
+counts from the first token of all sequences to the last; prefill is what comes before. Last, the time to the first
+token of a prompt of 1000.
 """
 
 import argparse
@@ -22,9 +24,12 @@ from gear_engine import LLM, SamplingParams
 from gear_engine.protocol import AddRequest
 from gear_engine.slots import num_slots_held
 
-ROUNDS = 3
 BATCHES = (1, 16)
-PRESETS = ("near-lossless", "none")
+ENGINES = {  # preset and dtype
+    "near-lossless": ("near-lossless", "float32"),
+    "none": ("none", "float32"),
+    "near-lossless auto": ("near-lossless", "auto"),
+}
 
 
 def prompts(num: int, context: int, vocab_size: int) -> list[list[int]]:
@@ -88,29 +93,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     step = (
         max(BATCHES) * arguments.context
     )  # all prompts in one step, as `generate` does, so that decodes stay together
     engines = {
-        preset: LLM(
-            preset=preset, max_model_len=2048, max_running=max(BATCHES), max_batch_tokens=step, prefix_cache=False
+        who: LLM(
+            preset=preset,
+            dtype=dtype,
+            max_model_len=2048,
+            max_running=max(BATCHES),
+            max_batch_tokens=step,
+            prefix_cache=False,
         )
-        for preset in PRESETS
+        for who, (preset, dtype) in ENGINES.items()
     }
-    folder = engines[PRESETS[0]].info.model_path
+    for who, llm in engines.items():
+        print(f"{who}: {llm.info.memory_table.splitlines()[-1]}")
+    folder = engines["none"].info.model_path
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    vocab_size = engines[PRESETS[0]].info.vocab_size
+    vocab_size = engines["none"].info.vocab_size
     rows: list[dict[str, Any]] = []
-    print(f"{'batch':>5} {'who':<16}{'decode tok/s':>14}{'x generate':>12}{'prefill tok/s':>15}{'x generate':>12}")
+    print(f"{'batch':>5} {'who':<20}{'decode tok/s':>14}{'x generate':>12}{'prefill tok/s':>15}{'x generate':>12}")
     for batch in BATCHES:
         tokens = prompts(batch, arguments.context, vocab_size)
         decode: dict[str, list[float]] = {}
         prefill: dict[str, list[float]] = {}
         smaller: dict[str, float] = {}
-        for _ in range(ROUNDS):  # interleaved, so that a neighbour's load falls on all alike
-            for who in ("generate", *PRESETS):
+        for _ in range(arguments.rounds):  # interleaved, so that a neighbour's load falls on all alike
+            for who in ("generate", *ENGINES):
                 run = (
                     generate_seconds(plain, tokens, arguments.new)
                     if who == "generate"
@@ -133,11 +146,18 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{batch:>5} {who:<16}{row['decode_tok_s']:>14}{ratio:>12.2f}"
-                f"{row['prefill_tok_s']:>15}{prefill_ratio:>12.2f}"
+                f"{batch:>5} {who:<20}{row['decode_tok_s']:>14}{ratio:>12.2f}"
+                f"{row['prefill_tok_s']:>15}{prefill_ratio:>12.2f}",
+                flush=True,
             )
+    ttft_ms = {}
+    for who, llm in engines.items():
+        seconds = [engine_seconds(llm, prompts(1, 1000, vocab_size), 1)[1] for _ in range(arguments.rounds)]
+        ttft_ms[who] = round(1000 * statistics.median(seconds))
+        print(f"first token of a prompt of 1000, {who}: {ttft_ms[who]} ms")
     memory = []
-    for preset, llm in engines.items():
+    for preset in ("near-lossless", "none"):
+        llm = engines[preset]
         layout = llm.engine.scheduler.layout
         bf16, held = (16 * n for n in (1024 * layout.token_bytes, num_slots_held(layout, 1024) * layout.page_bytes))
         worst = min(
@@ -155,7 +175,12 @@ def main() -> None:
             "cpu_cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "context": arguments.context,
+            "new_tokens": arguments.new,
+            "rounds": arguments.rounds,
+            "load_average": [round(load, 1) for load in os.getloadavg()],
+            "products": {who: llm.info.memory_table.splitlines()[-1] for who, llm in engines.items()},
             "rows": rows,
+            "ttft_1000_ms": ttft_ms,
             "memory": memory,
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -224,8 +224,8 @@ class EngineClient:
         if self._dead is not None:
             raise EngineDead(str(self._dead))  # a new one: raising one again and again would grow its traceback
         validate(token_ids, params, timeout_s, max_model_len=self.info.max_model_len, vocab_size=self.info.vocab_size)
-        if self.num_requests >= self.config.max_running + self.config.max_waiting:
-            raise QueueFull(self.num_requests - self.config.max_running)
+        if self.num_requests >= self.info.max_running + self.config.max_waiting:
+            raise QueueFull(self.num_requests - self.info.max_running)
         assert request_id not in self._streams, f"request id {request_id} is in use"
         self._send(AddRequest(request_id, token_ids, params, priority, cache_salt, timeout_s))
         stream = self._streams[request_id] = RequestStream(request_id, self)

@@ -161,7 +161,8 @@ class CudaRunner:
         ordered = sorted(scheduled, key=lambda item: item.num_new > 1)  # a chunk of one token is as good as a decode
         arrays = step_arrays(paged_batch(ordered, self.layout), self.layout, self.backend.scratch_tokens)
         inputs = self._inputs(ordered)
-        if arrays.num_decodes == len(ordered) and not self.eager:
+        num_scored = sum(len(item.scored) for item in scheduled)
+        if arrays.num_decodes == len(ordered) and not self.eager and not num_scored:
             logits, finite = self._replay(arrays, inputs)
             poisoned = ~finite
             if not all(item.samples for item in scheduled):
@@ -170,7 +171,8 @@ class CudaRunner:
         else:
             logits, poisoned = self._run_layers(scheduled, ordered, arrays, inputs)
         self.backend.seal_decoded()
-        return RunResult(logits, [], poisoned)
+        num_sampled = len(logits) - num_scored
+        return RunResult(logits[:num_sampled], [], poisoned, logits[num_sampled:] if num_scored else None)
 
     def _inputs(self, ordered: list[Scheduled]) -> Ints:
         """[2, T] token ids and positions; −1 − r for a token that was drawn in row r and is not known here."""
@@ -222,10 +224,12 @@ class CudaRunner:
         arrays: StepArrays,
         inputs: Ints,
     ) -> tuple[Tensor, Tensor]:
-        """(logits [sampling, V], poisoned [scheduled])"""
+        """(logits [those that sample, then those that are scored, V], poisoned [scheduled])"""
         ends = dict(zip(map(id, ordered), np.cumsum([item.num_new for item in ordered]).tolist(), strict=True))
         bounds = np.array([[ends[id(item)] - item.num_new, ends[id(item)]] for item in scheduled], np.int32)
-        asked = np.array([ends[id(item)] - 1 for item in scheduled if item.samples], np.int32)
+        sampled = [ends[id(item)] - 1 for item in scheduled if item.samples]
+        scored = [ends[id(item)] - item.num_new + at - item.start for item in scheduled for at in item.scored]
+        asked = np.array(sampled + scored, np.int32)
         sent = self._staging.send([inputs, bounds, asked, *arrays_to_send(arrays)])
         longest = -(-int(arrays.lengths.max(initial=0)) // self.layout.page_size)
         splits = self.backend.splits(arrays.num_decodes, self._group, longest)
@@ -256,6 +260,14 @@ class CudaRunner:
         self._graphs.clear()
         self.backend.close()
         self.slab = self._logits = torch.empty(0)
+
+    def read_page(self, slot: int, *, in_host: bool) -> bytes:
+        """The bytes of a slot, of the pool or of host memory, after all moves so far."""
+        torch.cuda.current_stream().synchronize()
+        return (self.host_slab if in_host else self.slab)[slot].cpu().numpy().tobytes()
+
+    def write_page(self, slot: int, data: bytes) -> None:
+        self.slab[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ A step at batch 1 spends its time starting products, not computing them: three a
 they are and answer as before; only the first of a group to be asked multiplies.
 """
 
+from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 import torch
@@ -14,27 +15,47 @@ from torch.nn import functional
 # Children of one module that transformers calls with the same input.
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+Product = Callable[[Tensor], Tensor]
+# Makes x -> [x @ W1ᵀ, x @ W2ᵀ, …] of some layers, and says what becomes of their own weights.
+Stacking = Callable[[list[nn.Linear]], Product]
 
-def fuse_projections(model: nn.Module) -> int:
+
+class Stacked:
+    """One product with all their weights, which become views of one tensor: nothing is held twice."""
+
+    @torch.no_grad()
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.weight = _as_one([x.weight for x in linears])
+        self.bias = None if linears[0].bias is None else _as_one([linear.bias for linear in linears])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def fuse_projections(model: nn.Module, stacking: Stacking = Stacked) -> int:
     """Let every group of plain linear layers share one product; returns how many layers now do. Repeating is harmless.
 
-    Quantised layers, layers that something has hooked into and names that are not known stay as they are. The weights
-    of a group become views of one tensor, so what they take in memory, and under which names, stays the same. Call it
-    where the model is to stay: moved to another device or dtype, it would have to be fused again.
+    Layers that are not plain and names that are not known stay as they are. Parameters keep their names, and with
+    `Stacked` their values and bytes. Call it where the model is to stay: moved to another device or dtype, it would
+    have to be fused again.
     """
     num_fused = 0
     for parent in list(model.modules()):
         for names in GROUPS:
-            layers = [getattr(parent, name, None) for name in names]
-            linears = [layer for layer in layers if _is_plain(layer)]
+            linears = [layer for name in names if is_plain(layer := getattr(parent, name, None))]
             if len(linears) == len(names) and _agree(linears):
-                _Shared(linears)
+                _Shared(linears, stacking(linears))
                 num_fused += len(linears)
     return num_fused
 
 
-def _is_plain(layer: object) -> TypeGuard[nn.Linear]:
-    """Exactly `nn.Linear`, with ordinary weights, and called as its class says."""
+def plain_linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """The layers that may be replaced: see `is_plain`."""
+    return (module for module in model.modules() if is_plain(module))
+
+
+def is_plain(layer: object) -> TypeGuard[nn.Linear]:
+    """Exactly `nn.Linear`, not a quantised kind of it, without hooks, and called as its class says."""
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)
@@ -51,11 +72,10 @@ def _agree(linears: list[nn.Linear]) -> bool:
 
 
 class _Shared:
-    """The stacked weights of some linear layers, and the product that is being handed out."""
+    """One product for several layers, of which each takes its part."""
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
-        self.weight = _stacked([linear.weight for linear in linears])
-        self.bias = None if linears[0].bias is None else _stacked([linear.bias for linear in linears])
+    def __init__(self, linears: list[nn.Linear], product: Product) -> None:
+        self._product = product
         self._sizes = [linear.out_features for linear in linears]
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
@@ -66,8 +86,7 @@ class _Shared:
     def part(self, i: int, x: Tensor) -> Tensor:
         """The rows of layer i of the product with x, which is computed when it is first asked for."""
         if self._input is not x or i not in self._parts:
-            product = functional.linear(x, self.weight, self.bias)
-            self._input, self._parts = x, dict(enumerate(product.split(self._sizes, dim=-1)))
+            self._input, self._parts = x, dict(enumerate(self._product(x).split(self._sizes, dim=-1)))
         part = self._parts.pop(i)
         if not self._parts:
             self._input = None  # nothing outlives the layer that asked
@@ -84,8 +103,7 @@ class _SharedLinear(nn.Linear):
         return self.share.part(self.index, x)
 
 
-@torch.no_grad()
-def _stacked(parameters: list[Tensor]) -> Tensor:
+def _as_one(parameters: list[Tensor]) -> Tensor:
     """All of them in one tensor [ΣO, …], of which they are views from now on."""
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, rows in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):

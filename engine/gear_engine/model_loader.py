@@ -75,8 +75,13 @@ def load_model(
         vocab_size=text.vocab_size,
         max_position=_max_position(text),
         eos_token_ids=_eos_token_ids(model),
-        weights_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights_bytes=weights_bytes(model),
     )
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Of all parameters and buffers as they are in memory."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

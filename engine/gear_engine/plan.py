@@ -31,6 +31,7 @@ class Device:
     total_bytes: int
     default_fraction: float
     swap_bytes: int | None  # of host memory, for swap space; None: it is the device's own
+    taken_bytes: int = 0  # by the CUDA context, and by other programs
 
 
 def host_device() -> Device:
@@ -41,7 +42,9 @@ def host_device() -> Device:
 def cuda_device() -> Device:
     import torch
 
-    return Device("cuda", torch.cuda.mem_get_info()[1], 0.9, psutil.virtual_memory().available // 4)
+    torch.zeros(1, device="cuda")
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return Device("cuda", total_bytes, 0.9, psutil.virtual_memory().available // 4, total_bytes - free_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +161,10 @@ def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, 
     hidden = config.hidden_size
     wide = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = config.num_attention_heads
-    layer = tokens * 4 * (6 * hidden + 3 * wide)
-    scores = 5 * 4 * heads * min(layout.page_size, tokens) * max_len  # before and after cap, mask and softmax
-    scratch = 2 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised
+    layer = tokens * 4 * (6 * hidden + 4 * wide)  # gate and up as one product, gate activated, and the two multiplied
+    # Before and after cap, mask and softmax; without a cap, which the config need not tell of, the masks of 8 segments.
+    scores = max(5 * heads, 8) * 4 * min(layout.page_size, tokens) * max_len
+    scratch = 4 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised, placed
     sampling = 48 * rows * config.vocab_size  # logits in float32, integer weights, their sums and their order
     return layer + scores + scratch + sampling
 

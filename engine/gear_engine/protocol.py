@@ -100,6 +100,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     kv_compression_ratio: float  # bf16 bytes of a token ÷ its bytes in a sealed page, metadata included
     memory: list[MemoryRow]
     memory_table: str  # the same as text, with the tokens that fit, ready to print
+    max_running: int = 64  # sequences in a batch
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag="failed"):

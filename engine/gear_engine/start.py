@@ -3,37 +3,39 @@
 Warm-up runs one request through the whole path, so that kernels are compiled before the first user waits for them.
 """
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 
 from gear_compression.config import ConfigError, preset
-from gear_compression.layout import Layout, layout_for
+from gear_compression.layout import CodeOrder, Layout, layout_for
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine, Limits
 from gear_engine.grammar import Grammars
 from gear_engine.model_files import Dtype, model_folder
-from gear_engine.model_loader import LoadedModel, load_model
+from gear_engine.model_loader import LoadedModel, load_model, weights_bytes
+from gear_engine.packed import Products, can_pack, fastest_products, pack_linears
 from gear_engine.page_store import CacheDirError, PageStore, weights_identity
-from gear_engine.plan import MemoryPlan, parse_swap_space, plan_memory
+from gear_engine.plan import MemoryPlan, cuda_device, host_device, parse_swap_space, plan_memory
 from gear_engine.protocol import AddRequest, EngineInfo, EngineStartError, SamplingParams
-from gear_engine.runner import BACKENDS, ModelRunner
+from gear_engine.runner import BACKENDS, ModelRunner, Runner
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
 
 logger = logging.getLogger(__name__)
 
-# Beside 16 decoding sequences a CPU then computes 32 prompt tokens a step. At the beginning of a prompt that doubles
-# the step; after 4000 tokens, whose pages every chunk dequantises again, it takes four times as long
-# (bench/pressure.py).
-CHUNK_TOKENS = 16
+# Prompt tokens that a step takes beside decoding sequences on a CPU, where every further one lengthens the step
+# (bench/pressure.py); a GPU takes what `max_batch_tokens` allows, because a step of fewer is hardly shorter there.
+CPU_CHUNK_TOKENS = 128
+CPU_BATCH, CUDA_BATCH = (64, 512), (256, 2048)  # sequences and tokens in a step, where the user does not say
 
 _DTYPES: dict[str, tuple[Dtype, torch.dtype]] = {
-    "auto": ("float32", torch.float32),
     "float32": ("float32", torch.float32),
     "bfloat16": ("bfloat16", torch.bfloat16),
 }
@@ -47,38 +49,60 @@ class StartedEngine:
     info: EngineInfo
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """All that is known before the pages are taken; no "auto" is left in the config but that of memory and dtype."""
+
+    config: EngineConfig
+    folder: Path
+    loaded: LoadedModel
+    layout: Layout
+    plan: MemoryPlan
+    grammars: Grammars
+    dtype: str
+    products: Products | None
+
+
 def start_engine(config: EngineConfig) -> StartedEngine:
     """Raises `EngineStartError`, one sentence that names the remedy, for whatever cannot be served."""
-    backend = _checked(config)
-    folder, loaded, layout, plan, grammars = _planned(config)
+    prepared = _prepare(config)
+    plan = prepared.plan
     try:
-        runner = ModelRunner(loaded, layout, plan.num_pages, backend, plan.num_host_pages)
+        runner = _runner(prepared)
     except RuntimeError as error:  # torch cannot get the slab from the system
         raise EngineStartError(
             f"cannot allocate {plan.pages_bytes:,} bytes of pages and {plan.swap_bytes:,} to swap them out to: "
             "lower --memory or --swap-space"
         ) from error
-    _warm_up(_engine(config, loaded, layout, plan, runner, grammars))
-    store = _page_store(config, folder, layout)
-    engine = _engine(config, loaded, layout, plan, runner, grammars, store)
-    return StartedEngine(engine, _info(config, folder, loaded, layout, plan, backend, _DTYPES[config.dtype][0]))
+    _warm_up(_engine(prepared, runner))
+    engine = _engine(prepared, runner, _page_store(prepared.config, prepared.folder, prepared.layout))
+    return StartedEngine(engine, _info(prepared))
 
 
 def planned_memory(config: EngineConfig) -> MemoryPlan:
     """What `start_engine` would take, without taking the pages."""
-    _checked(config)
-    return _planned(config)[3]
+    return _prepare(config).plan
 
 
-def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPlan, Grammars]:
-    dtype_name, dtype = _DTYPES[config.dtype]
-    folder = model_folder(config.model, dtype_name)
-    runtime_bytes = psutil.Process().memory_info().rss
-    loaded = load_model(folder, "cpu", dtype)
+def _prepare(config: EngineConfig) -> _Prepared:
+    config = _resolved(config)
+    on_gpu = config.device == "cuda"
+    dtype_name = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
+    name, dtype = _DTYPES[dtype_name]
+    if on_gpu:
+        device = cuda_device()  # makes the CUDA context, whose memory belongs to the runtime
+        runtime_bytes = device.taken_bytes
+    else:
+        device = host_device()
+        runtime_bytes = psutil.Process().memory_info().rss
+    folder = model_folder(config.model, name)
+    loaded = load_model(folder, config.device, dtype)
     before_bytes = psutil.Process().memory_info().rss
     grammars = Grammars(folder, loaded.eos_token_ids)  # now: it takes a second or more, and stops every other thread
-    runtime_bytes += max(0, psutil.Process().memory_info().rss - before_bytes)
-    layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype)
+    if not on_gpu:
+        runtime_bytes += max(0, psutil.Process().memory_info().rss - before_bytes)
+    products = _pack(config, loaded)
+    layout = model_layout(config.preset, loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype, config.device)
     plan = plan_memory(
         loaded.config,
         layout,
@@ -88,44 +112,116 @@ def _planned(config: EngineConfig) -> tuple[Path, LoadedModel, Layout, MemoryPla
         memory=config.memory,
         num_pages=config.num_pages,
         max_model_len=config.max_model_len,
-        max_running=config.max_running,
-        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running or 1,
+        max_batch_tokens=config.max_batch_tokens or 1,
         swap_space=config.swap_space,
+        device=device,
     )
-    return folder, loaded, layout, plan, grammars
+    return _Prepared(config, folder, loaded, layout, plan, grammars, dtype_name, products)
 
 
-def _checked(config: EngineConfig) -> str:
-    """The backend to use, if the settings make sense together."""
-    if config.device not in ("auto", "cpu"):
+def _pack(config: EngineConfig, loaded: LoadedModel) -> Products | None:
+    """Bring the weights into the form that this processor multiplies fastest; None where they stay as they are."""
+    if config.backend != "cpu" or not can_pack():
+        return None
+    dtype = loaded.model.dtype
+    products = fastest_products() if config.dtype == "auto" else Products(dtype, dtype)
+    packed_bytes = pack_linears(loaded.model, products)
+    loaded.weights_bytes = weights_bytes(loaded.model) + packed_bytes
+    return products
+
+
+def _runner(prepared: _Prepared) -> Runner:
+    config, plan = prepared.config, prepared.plan
+    if config.device == "cpu":
+        return ModelRunner(prepared.loaded, prepared.layout, plan.num_pages, config.backend, plan.num_host_pages)
+    from gear_engine.cuda_runner import CudaRunner
+
+    runner = CudaRunner(
+        prepared.loaded,
+        prepared.layout,
+        plan.num_pages,
+        max_running=plan.max_running,
+        max_batch_tokens=config.max_batch_tokens or 1,
+        max_model_len=plan.max_model_len,
+        num_host_slots=plan.num_host_pages,
+        eager=config.eager,
+    )
+    logger.info("compiled and captured graphs in %.0f s", runner.warm_up())
+    return runner
+
+
+def _resolved(config: EngineConfig) -> EngineConfig:
+    """With a device, a backend and the size of a step, if the settings make sense together."""
+    if config.dtype not in ("auto", *_DTYPES):
+        raise EngineStartError(f"--dtype {config.dtype!r} is unknown: choose one of auto, {', '.join(_DTYPES)}")
+    device = _device(config.device)
+    backend = config.backend
+    if backend == "auto":
+        backend = device
+    backends = BACKENDS if device == "cpu" else ("cuda",)
+    if backend not in backends:
         raise EngineStartError(
-            f"--device {config.device} is not served by this version, which runs on the CPU: use --device cpu"
+            f"--backend {config.backend!r} does not exist on --device {device}: choose one of auto, "
+            f"{', '.join(backends)}"
         )
-    if config.dtype not in _DTYPES:
-        raise EngineStartError(f"--dtype {config.dtype!r} is unknown: choose one of {', '.join(_DTYPES)}")
-    backend = "cpu" if config.backend == "auto" else config.backend
-    if backend not in BACKENDS:
-        raise EngineStartError(f"--backend {config.backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}")
+    if device == "cuda" and config.dtype == "float32":
+        raise EngineStartError("--dtype float32 is not served on a GPU, whose kernels take bfloat16: leave it out")
+    num_running, num_tokens = CPU_BATCH if device == "cpu" else CUDA_BATCH
+    max_running = num_running if config.max_running is None else config.max_running
+    config = msgspec.structs.replace(
+        config,
+        device=device,
+        backend=backend,
+        max_running=max_running,
+        max_batch_tokens=max(num_tokens, max_running) if config.max_batch_tokens is None else config.max_batch_tokens,
+    )
+    _check_numbers(config)
+    if config.cache_dir is not None:
+        _cache_dir_bytes(config)
+        if not config.prefix_cache:
+            raise EngineStartError("--cache-dir keeps cached prefixes: leave out --no-prefix-cache")
+    return config
+
+
+def _check_numbers(config: EngineConfig) -> None:
     for name in ("max_running", "max_batch_tokens", "max_waiting", "num_pages", "max_model_len"):
         value = getattr(config, name)
         if value is not None and value < (0 if name == "max_waiting" else 1):
             raise EngineStartError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    assert config.max_running is not None
+    assert config.max_batch_tokens is not None
     if config.max_batch_tokens < config.max_running:
         raise EngineStartError(
             f"--max-batch-tokens {config.max_batch_tokens} must be at least --max-running {config.max_running}: "
             "a step computes one token of every running sequence"
         )
-    if config.cache_dir is not None:
-        _cache_dir_bytes(config)
-        if not config.prefix_cache:
-            raise EngineStartError("--cache-dir keeps cached prefixes: leave out --no-prefix-cache")
-    return backend
 
 
-def model_layout(preset_name: str, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Layout:
+def _device(name: str) -> str:
+    """ "auto" is a GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise EngineStartError(f"--device {name!r} is unknown: choose one of auto, cpu, cuda")
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise EngineStartError("--device cuda: PyTorch sees no GPU here; use --device cpu, or install its CUDA build")
+    if name == "cpu" or not has_gpu:
+        return "cpu"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("triton") is None:
+        raise EngineStartError(
+            "the GPU's kernels are compiled by NVIDIA's cuda-core and by triton, which are not installed: "
+            "pip install 'gearserve[cuda]', or use --device cpu"
+        )
+    return "cuda"
+
+
+def model_layout(
+    preset_name: str, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str = "cpu"
+) -> Layout:
     """The page layout of a preset for a model's shape."""
+    order: CodeOrder = "planes" if device == "cpu" else "tiles"
     try:
-        return layout_for(preset(preset_name), num_layers, num_kv_heads, head_dim, dtype.itemsize)
+        return layout_for(preset(preset_name), num_layers, num_kv_heads, head_dim, dtype.itemsize, order)
     except ConfigError as error:
         raise EngineStartError(f"--preset {preset_name}: {error}") from error
 
@@ -150,28 +246,21 @@ def _cache_dir_bytes(config: EngineConfig) -> int:
     return num_bytes
 
 
-def _engine(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    layout: Layout,
-    plan: MemoryPlan,
-    runner: ModelRunner,
-    grammars: Grammars,
-    store: PageStore | None = None,
-) -> Engine:
+def _engine(prepared: _Prepared, runner: Runner, store: PageStore | None = None) -> Engine:
+    config, loaded, plan = prepared.config, prepared.loaded, prepared.plan
     scheduler = Scheduler(
         SlotAllocator(plan.num_pages),
-        layout,
-        max_running=config.max_running,
-        max_batch_tokens=config.max_batch_tokens,
+        prepared.layout,
+        max_running=plan.max_running,
+        max_batch_tokens=config.max_batch_tokens or 1,
         eos_token_ids=loaded.eos_token_ids,
         prefix_cache=config.prefix_cache,
         num_host_slots=plan.num_host_pages,
         store=store,
-        chunk_tokens=CHUNK_TOKENS,
+        chunk_tokens=CPU_CHUNK_TOKENS if config.device == "cpu" else None,
     )
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
-    return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size), grammars)
+    return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size), prepared.grammars)
 
 
 def _warm_up(engine: Engine) -> None:
@@ -187,18 +276,20 @@ def _warm_up(engine: Engine) -> None:
         engine.step()
 
 
-def _info(
-    config: EngineConfig, folder: Path, loaded: LoadedModel, layout: Layout, plan: MemoryPlan, backend: str, dtype: str
-) -> EngineInfo:
+def _info(prepared: _Prepared) -> EngineInfo:
+    config, loaded, layout, plan = prepared.config, prepared.loaded, prepared.layout, prepared.plan
+    table = plan.table(config.preset)
+    if config.device == "cpu":
+        table += f"\nproducts  {prepared.products or 'of weights as PyTorch keeps them'}"
     return EngineInfo(
-        model_path=str(folder),
+        model_path=str(prepared.folder),
         max_model_len=plan.max_model_len,
         vocab_size=loaded.vocab_size,
         eos_token_ids=list(loaded.eos_token_ids),
         preset=config.preset,
-        backend=backend,
-        device="cpu",
-        dtype=dtype,
+        backend=config.backend,
+        device=config.device,
+        dtype=prepared.dtype,
         num_layers=loaded.num_layers,
         num_pages=plan.num_pages,
         page_size=layout.page_size,
@@ -206,5 +297,6 @@ def _info(
         bf16_token_bytes=layout.token_bytes,
         kv_compression_ratio=layout.compression_ratio,
         memory=plan.rows(),
-        memory_table=plan.table(config.preset),
+        memory_table=table,
+        max_running=plan.max_running,
     )

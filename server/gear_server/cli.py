@@ -58,7 +58,10 @@ def serve(
     dtype: Annotated[
         str | None,
         _option(
-            "--dtype", "Type of weights and activations; auto: float32 on a CPU, bfloat16 on a GPU.", _engine.dtype
+            "--dtype",
+            "Type of weights and activations: float32, bfloat16 or auto. auto: bfloat16 on a GPU; on a CPU float32, "
+            "with weights in bfloat16 for decoding or prompts where a short trial at start finds that faster.",
+            _engine.dtype,
         ),
     ] = None,
     backend: Annotated[
@@ -79,10 +82,16 @@ def serve(
         _option("--max-model-len", "Longest prompt and answer together, in tokens; default: what the model allows."),
     ] = None,
     max_running: Annotated[
-        int | None, _option("--max-running", "Sequences in a batch at most.", _engine.max_running)
+        int | None,
+        _option("--max-running", "Sequences in a batch at most; 64 on a CPU, 256 on a GPU.", _engine.max_running),
     ] = None,
     max_batch_tokens: Annotated[
-        int | None, _option("--max-batch-tokens", "Tokens computed in one step at most.", _engine.max_batch_tokens)
+        int | None,
+        _option(
+            "--max-batch-tokens",
+            "Tokens computed in one step at most; 512 on a CPU, 2048 on a GPU.",
+            _engine.max_batch_tokens,
+        ),
     ] = None,
     max_waiting: Annotated[
         int | None, _option("--max-waiting", "Requests that may wait; one more gets 429.", _engine.max_waiting)

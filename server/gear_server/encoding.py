@@ -76,7 +76,8 @@ def encode_rendered(context: Context, body: ChatRequest | TokenizeRequest, text:
 def check_capacity(context: Context, num_choices: int) -> None:
     """A request that the queue could never take is the caller's mistake, not an overload that passes."""
     config = context.settings.engine_config
-    capacity = config.max_running + config.max_waiting
+    max_running = config.max_running or context.engine.info.max_running
+    capacity = max_running + config.max_waiting
     if num_choices > capacity:
         raise RequestError(
             f"prompts × n make {num_choices} answers, but this server holds at most {capacity} requests "

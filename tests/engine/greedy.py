@@ -82,10 +82,12 @@ def generate(
     return texts, runner, scheduler
 
 
-def parts_only_at_near_ties(a: list[int], b: list[int], runner: RecordingRunner, request: str) -> bool:
-    """Where two greedy texts part, the two tokens' log-probabilities lie within 0.1 of each other."""
+def parts_only_at_near_ties(
+    a: list[int], b: list[int], runner: RecordingRunner, request: str, near_tie: float = 0.1
+) -> bool:
+    """Where two greedy texts part, the two tokens' log-probabilities lie within `near_tie` of each other."""
     for position, (x, y) in enumerate(zip(a, b, strict=True)):
         if x != y:
             row = runner.logprobs[request, position]
-            return abs(float(row[x] - row[y])) <= 0.1
+            return abs(float(row[x] - row[y])) <= near_tie
     return True

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from gear_compression.cpu.decode import KernelLayout, decode
 from gear_compression.cpu.dequantize import dequantize
@@ -214,38 +215,46 @@ class CpuBackend:
                 dequantize, items, num_past * S * H, self._slab, self._kernel_layouts[layer], layer,
                 plan.page_table[chunk[0].sequence, :num_past], 0, past_k.numpy(), past_v.numpy(),
             )  # fmt: skip
+        past_k = past_k.transpose(1, 2)
+        # What a segment sees, one after the other in the same place: pages before it as sealed, its own exactly.
+        seen_k, seen_v = torch.empty(2, H, (num_past + 1) * S, D)
+        num_sealed = 0
         for segment in chunk:
+            first = segment.page * S
+            seen_k[:, num_sealed:first] = past_k[:, num_sealed:first]
+            seen_v[:, num_sealed:first] = past_v[:, num_sealed:first]
+            num_sealed = first
             own_k, own_v = exact_page(self.runs, plan.batch, segment, layer, k, v)
+            seen_k[:, first : segment.end], seen_v[:, first : segment.end] = own_k, own_v
             rows = slice(segment.row, segment.row + segment.end - segment.start)
-            past = segment.page * S
             out[rows] = attend_segment(
-                q[rows], past_k[:, :, :past], past_v[:, :past], own_k.float(), own_v.float(),
-                scaling, sliding_window, softcap,
-            )  # fmt: skip
+                q[rows], seen_k[:, : segment.end], seen_v[:, : segment.end], scaling, sliding_window, softcap
+            )
 
 
 def attend_segment(
-    q: Tensor,
-    past_k: Tensor,
-    past_v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    scaling: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
-    """q [m, Q, D], the last m tokens of past and own; past_k [H, D, n], past_v [H, n, D], own [H, o, D] → [m, Q, D]."""
+    """q [m, Q, D], the last m of the n tokens of k, v [H, n, D] → [m, Q, D]."""
     m, Q, D = q.shape
-    H, o, _ = own_k.shape
-    n = past_v.shape[1]
+    H, n, _ = k.shape
+    mask = hidden_tokens(m, n, sliding_window)
+    if softcap is None:
+        attended = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
     q_heads = (q * scaling).view(m, H, Q // H, D).permute(1, 2, 0, 3).reshape(H, -1, D)  # [H, G·m, D]
-    scores = torch.cat([q_heads @ past_k, q_heads @ own_k.transpose(1, 2)], dim=2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    query_at, key_at = torch.arange(n + o - m, n + o)[:, None], torch.arange(n + o)
+    scores = softcap * torch.tanh(q_heads @ k.transpose(1, 2) / softcap)
+    weights = (scores.view(H, -1, m, n) + mask).softmax(-1).view(H, -1, n)
+    return (weights @ v).view(H, Q // H, m, D).permute(2, 0, 1, 3).reshape(m, Q, D)
+
+
+@functools.lru_cache(maxsize=8)  # every layer of a step asks for the same few
+def hidden_tokens(m: int, n: int, sliding_window: int | None) -> Tensor:
+    """[m, n]: −inf where the last m of n tokens do not see a token, else 0."""
+    query_at, key_at = torch.arange(n - m, n)[:, None], torch.arange(n)
     hidden = key_at > query_at
     if sliding_window is not None:
         hidden |= key_at <= query_at - sliding_window
-    weights = scores.view(H, -1, m, n + o).masked_fill_(hidden, -torch.inf).softmax(-1).view(H, -1, n + o)
-    result = weights[:, :, :n] @ past_v + weights[:, :, n:] @ own_v
-    return result.view(H, Q // H, m, D).permute(2, 0, 1, 3).reshape(m, Q, D)
+    return torch.zeros(m, n).masked_fill_(hidden, -torch.inf)
