@@ -67,6 +67,7 @@ class Settings(BaseModel):
     max_model_len: AtLeastOne | None = None
     max_running: AtLeastOne | None = None
     max_batch_tokens: AtLeastOne | None = None
+    eager: bool | None = None
     max_waiting: Annotated[int, Field(ge=0)] | None = None
     swap_space: Annotated[str | None, BeforeValidator(_number_to_text)] = None
     cache_dir: str | None = None

@@ -55,13 +55,13 @@ def test_every_option_reaches_its_setting() -> None:
     flags: list[str] = []
     for name, value in given.items():
         flags += [f"--{name.replace('_', '-')}", value[0] if isinstance(value, tuple) else str(value)]
-    settings = settings_from(["some/model", "--insecure", "--isolate-keys", "--no-prefix-cache", *flags])
-    switches = {"insecure": True, "isolate_keys": True, "prefix_cache": False}
+    settings = settings_from(["some/model", "--insecure", "--isolate-keys", "--no-prefix-cache", "--eager", *flags])
+    switches = {"insecure": True, "isolate_keys": True, "prefix_cache": False, "eager": True}
     assert settings.model_dump() == given | switches | {"model": "some/model"}
     assert settings.engine_config == EngineConfig(
         model="some/model", device="cpu", dtype="float32", backend="reference", preset="none", memory="8GiB",
         num_pages=2, max_model_len=3, max_running=4, max_batch_tokens=5, max_waiting=6, swap_space="1GiB",
-        cache_dir="/tmp/pages", cache_dir_space="2GiB", prefix_cache=False, log_format="json",
+        cache_dir="/tmp/pages", cache_dir_space="2GiB", prefix_cache=False, log_format="json", eager=True,
     )  # fmt: skip
 
 
