@@ -82,16 +82,13 @@ def serve(
         _option("--max-model-len", "Longest prompt and answer together, in tokens; default: what the model allows."),
     ] = None,
     max_running: Annotated[
-        int | None,
-        _option("--max-running", "Sequences in a batch at most; 64 on a CPU, 256 on a GPU.", _engine.max_running),
+        int | None, _option("--max-running", "Sequences in a batch at most.", "64 on a CPU, 256 on a GPU")
     ] = None,
     max_batch_tokens: Annotated[
-        int | None,
-        _option(
-            "--max-batch-tokens",
-            "Tokens computed in one step at most; 512 on a CPU, 2048 on a GPU.",
-            _engine.max_batch_tokens,
-        ),
+        int | None, _option("--max-batch-tokens", "Tokens in one step at most.", "512 on a CPU, 2048 on a GPU")
+    ] = None,
+    eager: Annotated[
+        bool | None, _option("--eager/--no-eager", "On a GPU: compile no layers and capture no CUDA graphs.", "off")
     ] = None,
     max_waiting: Annotated[
         int | None, _option("--max-waiting", "Requests that may wait; one more gets 429.", _engine.max_waiting)
