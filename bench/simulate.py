@@ -7,7 +7,7 @@ Llama-3-8B on one H100. A step of d decodes and c prompt tokens with `context` t
     step_s = weights_s + (d + c) · token_s + context · context_s + seals · seal_s + moves · move_s
 
 - weights_s = 16.1 GB of weights at 2.99 TB/s (the copy bandwidth in bench/results/kernels.json)
-- token_s = 2 · 8.0e9 FLOPs at 400 TFLOP/s, what prefill reached
+- token_s = 2 · 8.0e9 FLOPs at 400 TFLOP/s, which is assumed, not measured
 - context_s: bytes of a token in this preset's pages, read at the rate of its decode kernel (`gb_s` of decode-8b)
 - seal_s: the preset's `ms` of `seal`, which is a chunk of 2048 tokens in all layers, a page's share of it (`none`: 0)
 - move_s: a page's bytes over PCIe at 25 GB/s
@@ -189,6 +189,7 @@ class Simulation:
         self.now_s += self.costs.step_s(batch)
         sequences = {item.sequence.request_id: item.sequence for item in batch.scheduled if item.samples}
         start = time.process_time()
+        scheduler.advance(batch)
         outputs = scheduler.commit(batch, dict.fromkeys(sequences, TOKEN), {})
         result.scheduling_s += time.process_time() - start
         result.num_steps += 1
@@ -256,6 +257,7 @@ def scheduling_cost(num_running: int = 512, num_slots: int = 100_000) -> dict[st
         middle = time.process_time()
         tokens_drawn = {item.sequence.request_id: TOKEN for item in batch.scheduled if item.samples}
         before_commit = time.process_time()
+        scheduler.advance(batch)
         scheduler.commit(batch, tokens_drawn, {})
         if len(tokens_drawn) == num_running:
             took.append(middle - start + time.process_time() - before_commit)

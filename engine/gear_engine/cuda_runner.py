@@ -21,6 +21,7 @@ from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
 from gear_engine.runner import RunResult, paged_batch
+from gear_engine.sampler import on_device
 from gear_engine.sequence import Scheduled, Sequence
 
 SMALLEST_GRAPH = 2  # a compiled layer would be compiled again for a single row
@@ -167,7 +168,7 @@ class CudaRunner:
             poisoned = ~finite
             if not all(item.samples for item in scheduled):
                 sampling = [i for i, item in enumerate(scheduled) if item.samples]
-                logits = logits[torch.tensor(sampling, device=self.device)]
+                logits = logits[on_device(sampling, logits)]
         else:
             logits, poisoned = self._run_layers(scheduled, ordered, arrays, inputs)
         self.backend.seal_decoded()

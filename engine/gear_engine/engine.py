@@ -30,7 +30,7 @@ from gear_engine.protocol import (
     validate,
 )
 from gear_engine.runner import Runner, RunResult
-from gear_engine.sampler import Sampler, SamplingRow, reads_history
+from gear_engine.sampler import Sampler, SamplingRow, on_device, reads_history
 from gear_engine.scheduler import Scheduler, service_order
 from gear_engine.sequence import Batch, Scheduled, Sequence
 
@@ -260,11 +260,11 @@ class Engine:
         num_top = [sampling[i].params.logprobs or 0 for i in asked] + [s.params.prompt_logprobs or 0 for s, _ in scored]
         packed = []
         if asked:
-            index = torch.tensor(asked, device=tokens.device)
+            index = on_device(asked, tokens)
             packed.append(self._packed(result.logits[index], tokens[index], max(num_top)))
         if scored:
             assert result.prompt_logits is not None
-            following = torch.tensor([s.token_ids[position + 1] for s, position in scored], device=tokens.device)
+            following = on_device([s.token_ids[position + 1] for s, position in scored], tokens)
             packed.append(self._packed(result.prompt_logits, following, max(num_top)))
         return _Told([sampling[i] for i in asked], scored, Numbers(*packed, dtype=torch.float64))
 

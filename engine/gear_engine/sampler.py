@@ -63,7 +63,7 @@ class Sampler:
         if drawn:
             at_once = max(1, MAX_DRAWN // logits.shape[1])
             for part in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
-                index = torch.tensor(part, device=logits.device)
+                index = on_device(part, logits)
                 tokens[index] = _draw(logits[index].float(), best[index].float(), [rows[i] for i in part])
         return tokens.where(healthy, -1)
 
@@ -88,11 +88,11 @@ class _Entries:
         self.values += values
 
     def where(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        where = torch.tensor([self.rows, self.tokens], dtype=torch.long, device=like.device)
+        where = on_device([self.rows, self.tokens], like)
         return where[0], where[1]
 
     def added_to(self, logits: Tensor) -> None:
-        values = torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
+        values = on_device(self.values, logits, logits.dtype)
         logits.index_put_(self.where(logits), values, accumulate=True)
 
 
@@ -122,7 +122,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
         logits.masked_fill_(~unpacked(allowed.to(logits.device), logits.shape[1]), -math.inf)
     biases.added_to(logits)
     where = seen.where(logits)
-    factor = torch.tensor(seen.values, dtype=logits.dtype, device=logits.device)
+    factor = on_device(seen.values, logits, logits.dtype)
     logits[where] = torch.where(logits[where] > 0, logits[where] / factor, logits[where] * factor)
     penalties.added_to(logits)
     return logits
@@ -178,7 +178,7 @@ def _threshold(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]
         return lowest
     total = weights.where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
     wanted = (_column(top_p, total.double()) * total).ceil().long()
-    off = torch.tensor([p >= 1.0 for p in top_p], device=scaled.device)
+    off = on_device([p >= 1.0 for p in top_p], scaled, torch.bool)
     enough, edge = _nucleus(best, lowest, wanted)
     wide = (~(enough | off)).nonzero().squeeze(-1)
     if len(wide):
@@ -189,7 +189,7 @@ def _threshold(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]
 
 def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:
     """[N, 1]: each row's k-th best value, and -inf where k reaches beyond what was sorted, which cuts nothing."""
-    k = torch.tensor(top_k, device=best.device)[:, None]
+    k = on_device(top_k, best)[:, None]
     value = best.gather(-1, k.clamp(max=best.shape[-1]) - 1)
     return value.masked_fill(k > best.shape[-1], -math.inf)
 
@@ -205,6 +205,12 @@ def _nucleus(best: Tensor, lowest: Tensor, wanted: Tensor) -> tuple[Tensor, Tens
     return first.squeeze(-1) < best.shape[-1], edge
 
 
+def on_device(values: Sequence[object], like: Tensor, dtype: torch.dtype = torch.long) -> Tensor:
+    """Numbers of the host where `like` is, without waiting for the device: an ordinary copy to a GPU would."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+
+
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     """[N, 1] of the same type and on the same device."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return on_device(values, like, like.dtype)[:, None]

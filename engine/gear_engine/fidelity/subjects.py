@@ -59,6 +59,7 @@ class Subject:
         while scheduler.has_work:
             batch = scheduler.schedule()
             yield runner, batch
+            scheduler.advance(batch)
             scheduler.commit(batch, {"text": 0}, {})
 
     def generate(self, prompts: list[list[int]], num_new: int) -> list[list[int]]:
