@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gear_compression.cuda.backend import CudaBackend, RowTables, Staging, StepTables, arrays_to_send, padded
@@ -178,15 +177,14 @@ class CudaRunner:
     def _inputs(self, ordered: list[Scheduled]) -> Ints:
         """[2, T] token ids and positions; −1 − r for a token that was drawn in row r and is not known here."""
         ids: list[int] = []
-        positions: list[NDArray[np.int64]] = []
         for item in ordered:
-            end = item.start + item.num_new
-            tokens = item.sequence.token_ids
+            end, tokens = item.start + item.num_new, item.sequence.token_ids
             ids += tokens[item.start : end]
             if end > len(tokens):
                 ids.append(-1 - self._drawn_rows[item.sequence.request_id])
-            positions.append(np.arange(item.start, end))
-        return np.array([ids, np.concatenate(positions)], np.int32)
+        starts, counts = np.array([(item.start, item.num_new) for item in ordered]).T
+        before = np.cumsum(counts) - counts  # rows of the sequences before it
+        return np.array([ids, np.arange(len(ids)) + np.repeat(starts - before, counts)], np.int32)
 
     def _ids(self, ids: Tensor) -> Tensor:
         """Tokens that were drawn in the last step put in their places."""

@@ -4,9 +4,11 @@ Owns the pool and the model; knows nothing of requests, of what comes next, or o
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -209,8 +211,12 @@ def paged_batch(scheduled: list[Scheduled], layout: Layout) -> PagedBatch:
 
 def _table(rows: list[list[int]], min_width: int) -> Tensor:
     """Rows of unequal length as one [N, width] int64, −1 where a row has ended."""
-    width = max(min_width, *(len(row) for row in rows))
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    table = np.full((len(rows), max(min_width, int(lengths.max()))), -1)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.fromiter(
+        itertools.chain.from_iterable(rows), np.int64, int(lengths.sum())
+    )
+    return torch.from_numpy(table)
 
 
 def compute_rows_alone(model: nn.Module) -> None:
