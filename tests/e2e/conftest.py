@@ -1,7 +1,10 @@
 """One server with the real model for all end-to-end tests, whose start is the slow part; and a real browser."""
 
+import contextlib
 import shutil
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,10 +17,18 @@ from tests.e2e.serving import START_TIMEOUT_S, free_port, serve
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 
 
+def _read(process: "subprocess.Popen[str]", lines: list[str]) -> None:
+    with process.stdout or contextlib.nullcontext([]) as stdout:
+        lines.extend(stdout)
+
+
 @pytest.fixture(scope="session")
 def url() -> Iterator[str]:
     port = free_port()
     process = serve("--port", str(port), "--max-model-len", "2048")
+    lines: list[str] = []
+    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+    reader.start()  # a pipe that nobody reads fills up, and the server would wait for ever to log a line
     base = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -29,11 +40,13 @@ def url() -> Iterator[str]:
                 time.sleep(0.2)
         else:
             process.kill()
-            raise AssertionError(process.communicate()[0])
+            raise AssertionError("".join(lines))
         yield base
     finally:
         process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
+        process.wait(timeout=60)
+        reader.join()
+    output = "".join(lines)
     assert process.returncode == 0, output
     assert "tokens fit" in output  # the memory table
 
