@@ -366,6 +366,18 @@ def kv_cache() -> tuple[Panel, ...]:
             "short",
             Query("sum(gear_requests_swapped{@})", "sequences"),
         ),
+        lines(
+            "Pages kept on disk",
+            "What --cache-dir holds of prompts that memory had no room for.",
+            "bytes",
+            Query("sum(gear_cache_dir_bytes{@})", "kept"),
+        ),
+        lines(
+            "Pages to and from disk",
+            "Pages a second that were written to --cache-dir and read from it.",
+            "ops",
+            Query("sum by (direction) (rate(gear_cache_dir_pages_total{@}[$__rate_interval]))", "{{direction}}"),
+        ),
     )
 
 

@@ -42,8 +42,14 @@ def test_a_long_prompt_is_held_compressed_and_metrics_say_so(url: str) -> None:
     body = {"model": MODEL, "prompt": "one two three four " * 200, "max_tokens": 4, "temperature": 0}
     usage = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["usage"]
     assert usage["prompt_tokens"] > 700
-    # Seven pages of 128 tokens and an open one held at most 13 slots, far below bf16's 23 kB a token.
-    assert 0 < metric(url, "gear_kv_peak_bytes") < usage["prompt_tokens"] * 23040 / 1.8
+    with httpx.stream("POST", f"{url}/v1/completions", json={**body, "max_tokens": 64, "stream": True}) as stream:
+        events = stream.iter_lines()
+        next(events)
+        held = metric(url, "gear_kv_bytes")
+        assert list(events)
+    # Seven pages of 128 tokens and an open one hold at most 13 slots, far below bf16's 23 kB a token.
+    assert 0 < held < usage["prompt_tokens"] * 23040 / 1.8
+    assert metric(url, "gear_kv_peak_bytes") >= held
     assert metric(url, "gear_kv_tokens") == 0
     assert metric(url, "gear_prompt_tokens_total") >= usage["prompt_tokens"]
     errors = httpx.get(f"{url}/metrics").text.split("\ngear_page_error_ratio{")[1:]
