@@ -315,6 +315,8 @@ class Engine:
         store, end_s = self.scheduler.cache.store, time.monotonic() + SAVE_S
         if store is None:
             return
+        moves, self.scheduler.cache.moves = self.scheduler.cache.moves, []
+        self._move(moves)
         saves = self.scheduler.cache.to_save()
         saves = saves[: store.max_bytes // self.scheduler.layout.page_bytes]
         saved: list[bytes] = []

@@ -130,7 +130,7 @@ class SamplingBody(Body):
         None, min_length=1, max_length=262144, description="Older name of structured_outputs.grammar."
     )
     timeout: Number | None = Field(
-        None, gt=0, description='Seconds after which the answer ends as it is, with finish_reason "abort".'
+        None, gt=0, le=86400, description='Seconds after which the answer ends as it is, with finish_reason "abort".'
     )
     user: Any = Field(None, description="Accepted and not used.")
 

@@ -25,7 +25,7 @@ socket.send(encode(info))
 request = msgspec.msgpack.decode(socket.recv(), type=ToEngine)
 for token in range(20):
     output = RequestOutput(request.request_id, [token])
-    socket.send(encode(StepReport([output], EngineStats(), 0.1, 1, [])))
+    socket.send(encode(StepReport([output], EngineStats(), 0.1, 1, {})))
 socket.recv()
 """
 

@@ -226,10 +226,10 @@ def test_the_identity_is_of_weights_type_and_format(tmp_path: Path) -> None:
 
 def test_a_wrong_space_is_refused() -> None:
     from gear_engine.config import EngineConfig
-    from gear_engine.start import _checked
+    from gear_engine.start import planned_memory
 
     for space in ("auto", "much", "0", "5"):
         with pytest.raises(EngineStartError, match="--cache-dir-space"):
-            _checked(EngineConfig(cache_dir="x", cache_dir_space=space))
+            planned_memory(EngineConfig(cache_dir="x", cache_dir_space=space))
     with pytest.raises(EngineStartError, match="--no-prefix-cache"):
-        _checked(EngineConfig(cache_dir="x", prefix_cache=False))
+        planned_memory(EngineConfig(cache_dir="x", prefix_cache=False))
