@@ -237,12 +237,13 @@ def serve(design: str, folder: str, notes_file: str, port: str) -> None:
     """The server's own process."""
     from gear_engine.client import EngineClient
     from gear_engine.config import EngineConfig
-    from gear_server.serving import bind, serve
+    from gear_server.serving import bind_all, serve
     from gear_server.settings import Settings
 
     engine = EngineClient(EngineConfig(max_running=2048), [str(HERE / "stub_engine.py"), folder, notes_file])
     if design == "ours":
-        asyncio.run(serve(Settings(port=int(port), max_running=2048), bind("127.0.0.1", int(port), "--port"), engine))
+        settings = Settings(port=int(port), max_running=2048)
+        asyncio.run(serve(settings, bind_all(settings), engine))
     else:
         asyncio.run(serve_plainly(engine, int(port)))
 

@@ -77,7 +77,7 @@ def _serve(socket: zmq.Socket[bytes], tokens: list[int], notes: Notes, parent: i
                 del running[request_id]
             reason = "length" if ended else None
             outputs.append(RequestOutput(request_id, [tokens[num_sent % len(tokens)]], finish_reason=reason))
-        report = _encode(StepReport(outputs, EngineStats(num_running=len(running)), STEP_S, len(outputs), []))
+        report = _encode(StepReport(outputs, EngineStats(num_running=len(running)), STEP_S, len(outputs), {}))
         now_s = time.monotonic()
         for output in outputs:
             notes.sent_s.setdefault(output.request_id, []).append(now_s)
@@ -89,6 +89,7 @@ def _info(folder: Path, vocab_size: int) -> EngineInfo:
         model_path=str(folder), max_model_len=MAX_MODEL_LEN, vocab_size=vocab_size, eos_token_ids=[], preset="none",
         backend="reference", device="cpu", dtype="float32", num_layers=1, num_pages=1, page_size=128, page_bytes=1,
         bf16_token_bytes=1, kv_compression_ratio=1.0, memory=[], memory_table="a stub: no model, no memory",
+        max_running=2048,
     )  # fmt: skip
 
 
