@@ -114,7 +114,7 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self, slab: Tensor, layout: Layout, scratch_tokens: int) -> None:
-        """`scratch_tokens`: of dequantised pages for prompt chunks, at least the longest sequence; see `scratch_bytes`.
+        """`scratch_tokens`: of dequantised pages for prompt chunks, at least the longest sequence.
 
         Raises `ConfigError` for a layout that the kernels cannot read.
         """
@@ -138,10 +138,6 @@ class CudaBackend:
         """The number stays taken; the memory does not."""
         self._tables = self.finite = None
         self.slab = self._runs = self._past_k = self._past_v = torch.empty(0)
-
-    @staticmethod
-    def scratch_bytes(layout: Layout, scratch_tokens: int) -> int:
-        return 2 * 2 * layout.num_kv_heads * layout.head_dim * scratch_tokens
 
     def begin(self, tables: StepTables) -> None:
         """The next calls of the operator are the layers of this step, in order."""
