@@ -195,7 +195,7 @@ def prefill_case(preset: str) -> tuple[float, int]:
     tiles = int32([[at, step, at % S, at // S * S, 0, past + at // S * S] for at in reversed(range(0, CHUNK, step))])
     pages = torch.arange(CONTEXT // S)  # the chunk's own too, which its later pages see sealed
     slots, firsts, rows = int32(torch.randperm(len(pages))), int32(pages == 0), int32(pages * S)
-    rotation = hadamard(HEAD_DIM).sign().cuda() if layout.rotates(0)[1] else None
+    rotation = hadamard(HEAD_DIM).sign().half().cuda() if layout.rotates(0)[1] else None
     number = register_layout(layout)
 
     def launch() -> None:

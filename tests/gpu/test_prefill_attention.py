@@ -32,7 +32,9 @@ def test_chunks_see_sealed_pages_and_their_own_exactly(
     [("near-lossless", 64, 2, 0, 0.0), ("gear-4bit", 32, 2, 40, 0.0), ("none", 96, 1, 0, 5.0)],
 )
 def test_the_same_in_the_interpreter(name: str, head_dim: int, group: int, window: int, softcap: float) -> None:
-    assert error([(0, 80), (130, 3), (70, 60)], "cpu", torch.float32, name, head_dim, group, window, softcap) < 1e-5
+    chunks = [(0, 80), (130, 3), (70, 60)]
+    # The output is rounded to fp16 once, 2^-11, where it is turned back.
+    assert error(chunks, "cpu", torch.float32, name, head_dim, group, window, softcap) < 5e-4
 
 
 def error(
@@ -80,7 +82,7 @@ def error(
         q_row, past_row, own_row = q_row + new, past_row + sealed_end, own_row + end - first_page
     past_k, past_v = (torch.cat(x).transpose(0, 1).contiguous().to(device) for x in past)
     own_k, own_v = (torch.cat(x).to(device) for x in own)
-    rotation = hadamard(head_dim).sign().to(device) if layout.rotates(0)[1] else None
+    rotation = hadamard(head_dim).sign().half().to(device) if layout.rotates(0)[1] else None
     out = prefill_attention(
         torch.cat(queries).to(device), past_k, past_v, own_k, own_v, torch.tensor(tiles, dtype=torch.int32).to(device),
         S, head_dim**-0.5, window, softcap, rotation,

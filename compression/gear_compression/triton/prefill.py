@@ -83,7 +83,7 @@ def _prefill(  # type: ignore[no-untyped-def]
             rotation + d[:, None] * D + d[None, :], mask=is_channel[:, None] & is_channel[None, :], other=0.0
         )
         block: tl.constexpr = D & -D
-        acc = tl.dot(acc, signs, input_precision="tf32") * (1.0 / tl.sqrt(block * 1.0))
+        acc = tl.dot(acc.to(tl.float16), signs) * (1.0 / tl.sqrt(block * 1.0))
     tl.store(out + q_at, acc.to(out.dtype.element_ty), mask=is_query)
 
 
@@ -106,7 +106,8 @@ def prefill_attention(
     past_k, past_v [H, n, D]: earlier pages of all sequences, dequantised. own_k, own_v [T', H, D]: exact tokens of the
     queries' own pages. tiles [M, 6] int32, one page and at most `tokens_of_a_tile` queries each: first row of q,
     number of queries, the first one's offset in its page, the row of the page's first token in own_k, the row of the
-    sequence's first token in past_k, tokens in earlier pages. rotation [D, D] of ±1: turns the output back.
+    sequence's first token in past_k, tokens in earlier pages. rotation [D, D] of ±1 in fp16: turns the output back,
+    which is rounded to fp16 for it.
     """
     _, Q, D = q.shape
     H = past_k.shape[0]
@@ -122,7 +123,7 @@ def prefill_attention(
         num_warps=8, num_stages=3 if D <= 128 else 2,
     )  # fmt: skip
     if rotation is not None and not fused:
-        out = (out.float() @ rotation * (D & -D) ** -0.5).to(q.dtype)
+        out = (out.float() @ rotation.float() * (D & -D) ** -0.5).to(q.dtype)
     return out
 
 
