@@ -58,6 +58,7 @@ WORKS = {
     "8b-6000-500": Work("8b", 192, 6000, 500, max_running=192),
     "7b-24g-1000-500": Work("7b", 96, 1000, 500, memory="24GB", max_running=96),
     "8b-512-4096": Work("8b", 192, 512, 4096, max_running=192),
+    "8b-decode-64": Work("8b", 64, 1000, 200, max_running=64),
     "8b-tpot-1": Work("8b", 1, 1000, 200, max_running=1),
     "8b-tpot-8": Work("8b", 8, 1000, 200, max_running=8),
     "7b-equal-batch": Work("7b", 40, 2500, 500, max_running=40, sized_to_work=True),
@@ -140,6 +141,8 @@ class Bench:
         self.add(work.num_requests, work.num_in, work.num_out)
         held = num_steps = 0
         gaps: list[float] = []
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
         torch.cuda.synchronize()
         began = last = time.perf_counter()
         while engine.has_work:
@@ -168,9 +171,11 @@ class Bench:
 
     def idle_fraction(self, num_steps: int = 20) -> float:
         """Of steady decode, as the profiler sees it: time in which no kernel runs."""
-        self.add(min(self.work.num_requests, self.work.max_running), 200, num_steps + 30)
-        for _ in range(15):
-            self.engine.step()
+        num_requests = min(self.work.num_requests, self.work.max_running)
+        self.add(num_requests, 200, 200)
+        num_decoding = 0
+        while num_decoding < 10:  # steps in which all of them do
+            num_decoding += self.engine.step().batch_tokens == num_requests
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(num_steps):
                 self.engine.step()
@@ -184,6 +189,8 @@ class Bench:
         for start, stop in spans:
             busy += max(0.0, stop - max(start, end))
             end = max(end, stop)
+        for i in range(num_requests):
+            self.engine.abort(f"200-{i}")
         while self.engine.has_work:
             self.engine.step()
         return float(1 - busy / (end - spans[0][0]))

@@ -4,6 +4,7 @@ A step of decodes replays a CUDA graph that was captured for its number of rows;
 layer, compiled. Tokens that were just drawn stay on the device: the next step reads them there.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from gear_compression.cuda.backend import CudaBackend, RowTables, Staging, StepTables, arrays_to_send, padded
-from gear_compression.cuda.tables import Ints, SealArrays, StepArrays, step_arrays
+from gear_compression.cuda.tables import Ints, SealArrays, StepArrays, num_scratch_tokens, step_arrays
 from gear_compression.layout import Layout
 from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
-from gear_engine.runner import RunResult, paged_batch
+from gear_engine.runner import RunResult, SampledErrors, paged_batch
 from gear_engine.sampler import on_device
 from gear_engine.sequence import Scheduled, Sequence
 
+PEAK_S = 1.0  # between two looks at the allocator's peak
 SMALLEST_GRAPH = 2  # a compiled layer would be compiled again for a single row
 
 
@@ -93,12 +95,16 @@ class CudaRunner:
         pinned = self.device.type == "cuda"
         self.host_slab = torch.empty(num_host_slots, layout.page_bytes, dtype=torch.uint8, pin_memory=pinned)
         self.max_pages = max_model_len // layout.page_size + 1
-        self.backend = CudaBackend(self.slab, layout, self.max_pages * layout.page_size)
+        self.backend = CudaBackend(self.slab, layout, num_scratch_tokens(layout, max_model_len, max_batch_tokens))
         self._attention = CudaAttention(self.backend.number)
         self._group = loaded.num_query_heads // loaded.num_kv_heads
         self._staging = Staging(staging_ints(layout, max_running, max_batch_tokens, self.max_pages), self.device)
         self._drawn = torch.zeros(max_running, dtype=torch.int64, device=self.device)
         self._drawn_rows: dict[str, int] = {}
+        self._launched: list[Scheduled] = []  # of the step that is being launched
+        self._in_flight: list[Scheduled] = []  # of the step before, which may still run
+        self._copies = torch.cuda.Stream() if pinned else None
+        self._peak = (-PEAK_S, 0)  # when it was asked, and bytes
         self._logits = torch.empty(0)
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._sizes = graph_sizes(max_running)
@@ -170,9 +176,15 @@ class CudaRunner:
                 logits = logits[on_device(sampling, logits)]
         else:
             logits, poisoned = self._run_layers(scheduled, ordered, arrays, inputs)
-        self.backend.seal_decoded()
+        sampled = self.backend.seal_decoded()
+        self._launched += scheduled
         num_sampled = len(logits) - num_scored
-        return RunResult(logits[:num_sampled], [], poisoned, logits[num_sampled:] if num_scored else None)
+        return RunResult(
+            logits[:num_sampled],
+            [SampledErrors(*sampled)] if sampled else [],
+            poisoned,
+            logits[num_sampled:] if num_scored else None,
+        )
 
     def _inputs(self, ordered: list[Scheduled]) -> Ints:
         """[2, T] token ids and positions; −1 − r for a token that was drawn in row r and is not known here."""
@@ -241,18 +253,39 @@ class CudaRunner:
 
     def keep_drawn(self, sequences: list[Sequence], tokens: list[Tensor]) -> None:
         """The next step's last tokens, which only the device knows yet."""
+        self._in_flight, self._launched = self._launched, []
         self._drawn_rows = {sequence.request_id: row for row, sequence in enumerate(sequences)}
         if sequences:
             drawn = torch.cat(tokens)
             self._drawn[: len(drawn)] = drawn.clamp(min=0)  # where nothing could be drawn, the sequence ends anyway
 
     def move(self, moves: list[Move]) -> None:
-        """Copy slots to host memory and back, bit for bit, in the order given and between the steps."""
-        for move in moves:
-            if move.out:
-                self.host_slab[move.host_slot].copy_(self.slab[move.slot], non_blocking=True)
-            else:
-                self.slab[move.slot].copy_(self.host_slab[move.host_slot], non_blocking=True)
+        """Copy slots to host memory and back, bit for bit, in the order given: before the next step runs."""
+        if not moves:
+            return
+        with self._beside_the_step({m.slot for m in moves if m.out}, {m.slot for m in moves if not m.out}):
+            for move in moves:
+                if move.out:
+                    self.host_slab[move.host_slot].copy_(self.slab[move.slot], non_blocking=True)
+                else:
+                    self.slab[move.slot].copy_(self.host_slab[move.host_slot], non_blocking=True)
+
+    @contextlib.contextmanager
+    def _beside_the_step(self, read: set[int], written: set[int]) -> Iterator[None]:
+        """Copies that read and write these slots, while the step that was launched last may still be running.
+
+        They wait for its end only if it writes a slot that they read, or touches one that they write. Steps before it
+        have ended: their tokens are known. The next step waits for the copies.
+        """
+        if self._copies is None:
+            yield
+            return
+        compute = torch.cuda.current_stream()
+        if any(_clash(item, read, written) for item in self._in_flight):
+            self._copies.wait_stream(compute)
+        with torch.cuda.stream(self._copies):
+            yield
+        compute.wait_stream(self._copies)
 
     def close(self) -> None:
         """Give the pool and the graphs back, for a program that makes another runner."""
@@ -266,7 +299,21 @@ class CudaRunner:
         return (self.host_slab if in_host else self.slab)[slot].cpu().numpy().tobytes()
 
     def write_page(self, slot: int, data: bytes) -> None:
-        self.slab[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        with self._beside_the_step(set(), {slot}):
+            self.slab[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def peak_memory_bytes(self) -> int:
+        """The allocator's peak, which is asked now and then: it counts long."""
+        now_s = time.monotonic()
+        if now_s > self._peak[0] + PEAK_S:
+            self._peak = now_s, torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return self._peak[1]
+
+
+def _clash(item: Scheduled, read: set[int], written: set[int]) -> bool:
+    """Whether a step with that item writes one of the slots `read`, or touches one of `written`."""
+    own = {*item.open_slots, *item.next_open_slots, *item.taken_slots}
+    return not (own.isdisjoint(read) and own.isdisjoint(written) and written.isdisjoint(item.pages))
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -6,10 +6,9 @@
 import heapq
 import logging
 import random
-import resource
-import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import torch
@@ -61,7 +60,7 @@ class Numbers:
         else:
             self._values = packed
 
-    def wait(self) -> list[list[int]]:
+    def wait(self) -> list[list[Any]]:
         """Of each tensor, once they are there."""
         if self._arrived:
             self._arrived.synchronize()
@@ -92,6 +91,7 @@ class _Part:
     result: RunResult
     numbers: Numbers  # poisoned, drawn
     told: "_Told | None"  # None: nobody asked for log-probabilities
+    errors: Numbers | None  # of the pages in `result.page_errors`
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class Engine:
             batch,
             failed,
             [
-                _Part(scheduled, result, Numbers(result.poisoned, tokens), told)
+                _Part(scheduled, result, Numbers(result.poisoned, tokens), told, _ratios(result))
                 for scheduled, result, tokens, told in parts
             ],
         )
@@ -291,7 +291,9 @@ class Engine:
                     tokens[sequence.request_id] = token
             if part.told:
                 logprobs |= _note(part.told)
-            page_errors += part.result.page_errors
+            if part.errors:
+                for sampled, (keys, values) in zip(part.result.page_errors, part.errors.wait(), strict=True):
+                    page_errors += [PageError(sampled.layer, "keys", keys), PageError(sampled.layer, "values", values)]
         outputs = self.scheduler.commit(launched.batch, tokens, failed)
         return _with_logprobs(outputs, launched.batch.scheduled, logprobs)
 
@@ -350,7 +352,12 @@ class Engine:
         return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats(peak_memory_bytes())
+        return self.scheduler.stats(self.runner.peak_memory_bytes())
+
+
+def _ratios(result: RunResult) -> Numbers | None:
+    errors = result.page_errors
+    return Numbers(*(sampled.ratios for sampled in errors), dtype=torch.float64) if errors else None
 
 
 def _note(told: _Told) -> dict[str, TokenLogprobs]:
@@ -383,12 +390,6 @@ def _with_logprobs(
         )
         for output in outputs
     ]
-
-
-def peak_memory_bytes() -> int:
-    """The peak resident set of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 from transformers import PreTrainedConfig
 
+from gear_compression.cuda.tables import num_scratch_tokens
 from gear_compression.layout import Layout
 from gear_engine.protocol import EngineStartError, MemoryRow
 from gear_engine.sampler import MAX_DRAWN
@@ -174,7 +175,7 @@ def gpu_activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: i
     hidden, wide = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     projections = 2 * (config.num_attention_heads + 2 * layout.num_kv_heads) * layout.head_dim
     layer = tokens * 2 * (4 * hidden + 3 * wide + projections)
-    scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * (max_len // layout.page_size + 1) * layout.page_size
+    scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * num_scratch_tokens(layout, max_len, tokens)
     logits = 2 * 2 * rows * config.vocab_size  # as computed, and as the graphs leave them
     sampling = 48 * min(rows * config.vocab_size, MAX_DRAWN)
     return layer + scratch + logits + sampling + GRAPHS_BYTES

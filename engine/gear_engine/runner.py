@@ -5,6 +5,8 @@ Owns the pool and the model; knows nothing of requests, of what comes next, or o
 
 import functools
 import itertools
+import resource
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +20,6 @@ from gear_compression.paged import PagedBatch
 from gear_compression.reference.attention import ReferenceBackend
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
-from gear_engine.protocol import PageError
 from gear_engine.sequence import Scheduled, Sequence
 
 if TYPE_CHECKING:
@@ -36,12 +37,20 @@ def backend_class(name: str) -> "type[CpuBackend] | type[ReferenceBackend]":
     return CpuBackend
 
 
+@dataclass(frozen=True, slots=True)
+class SampledErrors:
+    """Relative errors of one layer of a page that was just sealed, over all its heads."""
+
+    layer: int
+    ratios: Tensor  # [2] of its keys and of its values
+
+
 @dataclass(slots=True)
 class RunResult:
     """What a step computed. Rows follow the scheduled sequences that sample, in order."""
 
     logits: Tensor  # [number of sequences that sample, V]
-    page_errors: list[PageError]  # sampled among the pages that were sealed
+    page_errors: list[SampledErrors]  # of some of the pages that were sealed
     poisoned: Tensor  # bool, of every scheduled sequence: NaN or infinity in what the model made of its tokens
     prompt_logits: Tensor | None = None  # [positions that are `scored`, V], in order; None: nobody asked
 
@@ -61,6 +70,8 @@ class Runner(Protocol):
     def read_page(self, slot: int, *, in_host: bool) -> bytes: ...
 
     def write_page(self, slot: int, data: bytes) -> None: ...
+
+    def peak_memory_bytes(self) -> int: ...
 
 
 class PooledAttention:
@@ -157,15 +168,16 @@ class ModelRunner:
     def write_page(self, slot: int, data: bytes) -> None:
         self.slab[slot].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
-    def _page_errors(self) -> list[PageError]:
+    def peak_memory_bytes(self) -> int:
+        """The peak resident set of this process."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+    def _page_errors(self) -> list[SampledErrors]:
         if isinstance(self.backend, ReferenceBackend):
             return []
         sampled, self.backend.page_errors = self.backend.page_errors, []
-        return [
-            error
-            for s in sampled
-            for error in (PageError(s.layer, "keys", s.keys), PageError(s.layer, "values", s.values))
-        ]
+        return [SampledErrors(s.layer, torch.tensor([s.keys, s.values])) for s in sampled]
 
     def _forward(self, scheduled: list[Scheduled], all_rows: bool = False) -> tuple[Tensor, Tensor]:
         """(logits [sampling sequences, then `scored` positions, V], or [T, V] of all rows; finite [T])"""

@@ -36,6 +36,9 @@ class RecordingRunner:
     def write_page(self, slot: int, data: bytes) -> None:
         self.runner.write_page(slot, data)
 
+    def peak_memory_bytes(self) -> int:
+        return self.runner.peak_memory_bytes()
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         result = self.runner.run(scheduled)
         rows = [item.sequence for item in scheduled if item.samples]

@@ -6,10 +6,11 @@ from emulated_kernels import emulate
 from tiny_llama import tiny_llama
 
 from gear_compression import PRESETS, layout_for
+from gear_compression.cuda import backend
 from gear_engine.cuda_runner import CudaRunner
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
-from gear_engine.protocol import AddRequest, SamplingParams
+from gear_engine.protocol import AddRequest, PageError, SamplingParams
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
@@ -18,7 +19,14 @@ PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((5, 1
 
 
 def texts(
-    loaded: LoadedModel, preset: str, *, chunk: int, num_slots: int = 60, eager: bool = True, scratch: int | None = None
+    loaded: LoadedModel,
+    preset: str,
+    *,
+    chunk: int,
+    num_slots: int = 60,
+    eager: bool = True,
+    scratch: int | None = None,
+    errors: list[PageError] | None = None,
 ) -> list[list[int]]:
     layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 2, "tiles")
     runner = CudaRunner(
@@ -36,9 +44,12 @@ def texts(
         engine.add(AddRequest(str(i), prompt, SamplingParams(max_tokens=70, temperature=0.0)))
     answers: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
     while engine.has_work:
-        for output in engine.step().outputs:
+        report = engine.step()
+        for output in report.outputs:
             assert output.error is None
             answers[output.request_id] += output.token_ids
+        if errors is not None:
+            errors += report.page_errors
     scheduler.check_integrity()
     return list(answers.values())
 
@@ -66,10 +77,22 @@ def test_texts_are_those_of_the_model(preset: str, tolerance: float, chunk: int)
     assert gap(loaded, texts(loaded, preset, chunk=chunk, scratch=256)) < tolerance
 
 
-def test_swapped_out_pages_come_back() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_swapped_out_pages_come_back(device: str) -> None:
     emulate()
-    loaded = tiny_llama()
+    loaded = tiny_llama(device, head_dim=128)
     assert gap(loaded, texts(loaded, "near-lossless", chunk=100, num_slots=22)) < 0.2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sealing_tells_what_it_costs(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 bits on data like noise: an error of .05 to .12 of keys and values, whose exact tokens are in other slots."""
+    emulate()
+    monkeypatch.setattr(backend, "SEALINGS_A_SAMPLE", 1)
+    errors: list[PageError] = []
+    texts(tiny_llama(device, head_dim=128), "near-lossless", chunk=150, errors=errors)
+    assert {(error.layer, error.part) for error in errors} == {(0, "keys"), (0, "values"), (1, "keys"), (1, "values")}
+    assert all(0.04 < error.ratio < 0.15 for error in errors), errors
 
 
 @pytest.mark.gpu

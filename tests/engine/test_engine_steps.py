@@ -41,6 +41,9 @@ class ScriptedRunner:
     def write_page(self, slot: int, data: bytes) -> None:
         self.loaded.append(slot)
 
+    def peak_memory_bytes(self) -> int:
+        return 0
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         if sum(item.num_new for item in scheduled) >= self.too_large:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")

@@ -36,6 +36,9 @@ class RandomRunner:
     def keep_drawn(self, sequences: list[Sequence], tokens: list[torch.Tensor]) -> None:
         pass
 
+    def peak_memory_bytes(self) -> int:
+        return 0
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         logits = torch.randn(sum(item.samples for item in scheduled), PADDED, generator=self.random) * 3
         return RunResult(logits, [], torch.zeros(len(scheduled), dtype=torch.bool))

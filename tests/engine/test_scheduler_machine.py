@@ -52,6 +52,9 @@ class RememberingRunner:
     def write_page(self, slot: int, data: bytes) -> None:
         self.slab[slot] = list(data)
 
+    def peak_memory_bytes(self) -> int:
+        return 0
+
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         writes: dict[int, list[int]] = {}
         texts = []

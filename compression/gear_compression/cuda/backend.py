@@ -21,6 +21,7 @@ from gear_compression.paged import open_runs
 from gear_compression.reference.rotation import hadamard
 from gear_compression.triton.prefill import prefill_into
 
+SEALINGS_A_SAMPLE = 16  # of decodes: of so many steps that fill pages one tells what the compression costs
 _BACKENDS: list["CudaBackend"] = []
 
 
@@ -128,10 +129,10 @@ class CudaBackend:
             torch.empty(H, scratch_tokens, D, dtype=torch.bfloat16, device=slab.device) for _ in range(2)
         )
         self._rotation = hadamard(D).to(slab.device)
-        self._signs = self._rotation.sign()
+        self._signs = self._rotation.sign().half()  # ±1, as `prefill_into` takes them
         self._no_rows = torch.empty(1, H, D, dtype=torch.bfloat16, device=slab.device)
         self._tables: StepTables | None = None
-        self._layer = 0
+        self._layer = self._num_sealings = 0
         self.finite: Tensor | None = None  # [T] bool, once the last layer has attended
 
     def close(self) -> None:
@@ -219,7 +220,7 @@ class CudaBackend:
             )  # fmt: skip
         if own := tables.own:
             old = self._runs[own.old_slots, layer, :, :, own.old_offsets]  # [old, H, 2, D]
-            k, v = (torch.cat([x, old[:, :, part]])[own.rows] for part, x in enumerate((k, v)))
+            k, v = (torch.cat([x, old[:, :, part].contiguous()])[own.rows] for part, x in enumerate((k, v)))
         fused = rotates_back and self.layout.head_dim <= 128
         for chunk in tables.chunks:
             if len(chunk.slots):
@@ -235,14 +236,36 @@ class CudaBackend:
             rows = out[tables.num_decodes :]
             rows.copy_(rows.float() @ self._rotation)
 
-    def seal_decoded(self) -> None:
-        """After a step's last layer: the pages that its decodes filled, of all layers at once."""
+    def seal_decoded(self) -> tuple[int, Tensor] | None:
+        """After a step's last layer: the pages that its decodes filled, of all layers at once.
+
+        Now and then (layer, [2]): relative errors of the first page's keys and values in that layer, over all heads.
+        """
         assert self._tables is not None
-        if filled := self._tables.filled_by_decodes:
-            seal_pages(
-                self.slab, filled.slots, filled.is_first, filled.run_slots, filled.num_old, filled.rows,
-                self._no_rows, self._no_rows, self.layout_number, 0, self.layout.num_layers,
-            )  # fmt: skip
+        filled = self._tables.filled_by_decodes
+        if filled is None:
+            return None
+        seal_pages(
+            self.slab, filled.slots, filled.is_first, filled.run_slots, filled.num_old, filled.rows,
+            self._no_rows, self._no_rows, self.layout_number, 0, self.layout.num_layers,
+        )  # fmt: skip
+        self._num_sealings += 1
+        if self._num_sealings % SEALINGS_A_SAMPLE:
+            return None
+        layer = self._num_sealings // SEALINGS_A_SAMPLE % self.layout.num_layers
+        return layer, self._sealing_errors(filled, layer)
+
+    def _sealing_errors(self, filled: SealTables, layer: int) -> Tensor:
+        """[2]: ‖X − X̂‖ / ‖X‖ of keys and of values; the exact tokens are still in the page's runs."""
+        S = self.layout.page_size
+        dequantize_pages(
+            self.slab, filled.slots[:1], filled.is_first[:1], filled.rows[:1], self._past_k, self._past_v,
+            self.layout_number, layer,
+        )  # fmt: skip
+        stored = torch.stack([self._past_k[:, :S], self._past_v[:, :S]]).float()  # [2, H, S, D]
+        exact = self._runs[filled.run_slots[0].long(), layer].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :S].float()
+        errors, norms = ((x.flatten(1).norm(dim=1)) for x in (exact - stored, exact))
+        return errors / norms.clamp(min=1e-30)
 
 
 def arrays_to_send(arrays: StepArrays) -> list[Ints]:

@@ -63,6 +63,11 @@ class StepArrays:
     old_offsets: Ints
 
 
+def num_scratch_tokens(layout: Layout, max_len: int, max_batch_tokens: int) -> int:
+    """Of dequantised pages: the longest sequence's, and beside it those of as many short prompts as a step takes."""
+    return (max_len // layout.page_size + 1) * layout.page_size + max_batch_tokens
+
+
 def step_arrays(batch: PagedBatch, layout: Layout, scratch_tokens: int) -> StepArrays:
     """`scratch_tokens`: how many dequantised tokens the scratch holds, at least those of the longest sequence."""
     S = layout.page_size
