@@ -169,22 +169,35 @@ def _threshold(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]
     top_k = [p.top_k if 0 < p.top_k < V else V for p in params]
     top_p = [p.top_p for p in params]
     wants_p = any(p < 1.0 for p in top_p)
-    num_sorted = max([k for k in top_k if k < V] + [min(NUM_CANDIDATES, V)] * wants_p, default=0)
-    if num_sorted == 0:
-        return lowest
-    best = scaled.topk(num_sorted, dim=-1).values  # [N, num_sorted], descending
-    lowest = lowest.maximum(_kth(best, top_k))
+    best = None
+    sorted_for_p = wants_p and not scaled.is_cuda
+    num_sorted = max([k for k in top_k if k < V] + [min(NUM_CANDIDATES, V)] * sorted_for_p, default=0)
+    if num_sorted:
+        best = scaled.topk(num_sorted, dim=-1).values  # [N, num_sorted], descending
+        lowest = lowest.maximum(_kth(best, top_k))
     if not wants_p:
         return lowest
     total = weights.where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
     wanted = (_column(top_p, total.double()) * total).ceil().long()
     off = on_device([p >= 1.0 for p in top_p], scaled, torch.bool)
+    if scaled.is_cuda:
+        from gear_engine.nucleus import nucleus_edge  # Triton is for GPUs
+
+        edge = nucleus_edge(scaled, weights, lowest, wanted)
+    else:
+        assert best is not None
+        edge = _edge_by_sorting(scaled, best, lowest, wanted, off)
+    return lowest.maximum(edge.masked_fill(off[:, None], -math.inf))
+
+
+def _edge_by_sorting(scaled: Tensor, best: Tensor, lowest: Tensor, wanted: Tensor, off: Tensor) -> Tensor:
+    """[N, 1]: as `nucleus_edge`, from the descending `best` where these suffice; rows that are `off` do not matter."""
     enough, edge = _nucleus(best, lowest, wanted)
     wide = (~(enough | off)).nonzero().squeeze(-1)
     if len(wide):
         everything = scaled[wide].sort(dim=-1, descending=True).values
         edge[wide] = _nucleus(everything, lowest[wide], wanted[wide])[1]
-    return lowest.maximum(edge.masked_fill(off[:, None], -math.inf))
+    return edge
 
 
 def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from gear_engine.model_loader import LoadedModel
 from gear_engine.protocol import AddRequest, PageError, SamplingParams
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
+from gear_engine.sequence import Batch
 from gear_engine.slots import SlotAllocator
 
 PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((5, 130, 64, 200, 1))]
@@ -101,3 +102,21 @@ def test_sealing_tells_what_it_costs(device: str, monkeypatch: pytest.MonkeyPatc
 def test_the_same_on_a_gpu(preset: str, tolerance: float, eager: bool) -> None:
     loaded = tiny_llama("cuda", head_dim=128)
     assert gap(loaded, texts(loaded, preset, chunk=150, eager=eager)) < tolerance
+
+
+@pytest.mark.gpu
+def test_launching_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prompts that come in, pages that fill and tokens that are drawn; else the device would idle meanwhile."""
+    loaded = tiny_llama("cuda", head_dim=128)
+    texts(loaded, "near-lossless", chunk=150, eager=False)  # whatever is compiled or loaded at first use
+    launch = Engine._launch
+
+    def watched(engine: Engine, batch: Batch) -> object:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(engine, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Engine, "_launch", watched)
+    texts(loaded, "near-lossless", chunk=150, eager=False)

@@ -307,3 +307,45 @@ def test_the_logits_of_the_model_are_left_as_they_were():
     before = logits.clone()
     sample(logits, [row(logit_bias={1: 5.0}, repetition_penalty=2.0, prompt=[2], presence_penalty=1.0, output=[4])])
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300, 2048, 5000])
+def test_the_search_on_a_gpu_cuts_where_sorting_does(num_tokens: int) -> None:
+    """The kernel itself: in Triton's interpreter where there is no GPU. Half of the values are there many times."""
+    from gear_engine.nucleus import nucleus_edge
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = 6
+    logits = torch.randn(rows, num_tokens, generator=torch.Generator().manual_seed(num_tokens)) * 3
+    logits[::2] = logits[::2].round()
+    scaled = (logits - logits.amax(1, keepdim=True)).to(device)
+    weights = sampler._weights(scaled)
+    lowest = torch.tensor([-math.inf, -math.inf, -4.0, -1.0, 0.0, -0.5], device=device)[:, None]
+    total = weights.where(scaled >= lowest, 0).sum(1, keepdim=True)
+    top_p = torch.tensor([0.01, 0.9, 0.999, 0.5, 0.3, 1.0], dtype=torch.float64, device=device)[:, None]
+    wanted = (top_p * total).ceil().long()
+    best = scaled.topk(min(3, num_tokens), dim=-1).values
+    off = torch.zeros(rows, dtype=torch.bool, device=device)
+    expected = sampler._edge_by_sorting(scaled, best, lowest, wanted, off)
+    assert torch.equal(nucleus_edge(scaled, weights, lowest, wanted), expected)
+
+
+@pytest.mark.gpu
+def test_drawing_never_waits_for_the_device() -> None:
+    """Whatever the parameters, and whether top_p finds few tokens or many."""
+    rows = [
+        SamplingRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), 1, 0),
+        SamplingRow(SamplingParams(temperature=5.0, top_p=0.99), 2, 5),
+        SamplingRow(SamplingParams(temperature=0.7, min_p=0.1, frequency_penalty=0.5), 3, 2, [1, 2], [3, 4]),
+        SamplingRow(SamplingParams(temperature=0.0, repetition_penalty=1.3, logit_bias={7: 5.0}), 4, 2, [1, 2], [3, 4]),
+    ]
+    logits = torch.randn(len(rows), 128256, generator=torch.Generator().manual_seed(0)).cuda()
+    on_gpu = Sampler(128256, [])
+    first = on_gpu.draw(logits, rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = on_gpu.draw(logits, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+    assert first.tolist() == Sampler(128256, []).draw(logits.cpu(), rows).tolist()
