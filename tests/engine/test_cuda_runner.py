@@ -13,6 +13,7 @@ from gear_engine.cuda_runner import CudaRunner, decoder_layers
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
 from gear_engine.protocol import AddRequest, EngineStartError, SamplingParams
+from gear_engine.quantized import quantize_linears
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
@@ -98,6 +99,22 @@ def test_layers_are_told_from_experts_of_which_there_are_more(model_type: str, c
 def test_a_model_whose_layers_are_in_no_list_is_refused() -> None:
     with pytest.raises(EngineStartError, match="--eager"):
         decoder_layers(nn.Sequential(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.ModuleList()))
+
+
+# Rounding activations to 3 bits turns near-ties more often; where they fall depends on what is multiplied with them.
+def test_texts_in_eight_bits_are_those_of_the_model_in_eight_bits() -> None:
+    emulate()
+    loaded = tiny_llama()
+    quantize_linears(loaded.model, torch.device("cpu"))
+    assert gap(loaded, texts(loaded, "none", chunk=100, scratch=256)) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_same_in_eight_bits_on_a_gpu(eager: bool) -> None:
+    loaded = tiny_llama("cuda", head_dim=128)
+    quantize_linears(loaded.model, torch.device("cuda"))
+    assert gap(loaded, texts(loaded, "near-lossless", chunk=150, eager=eager)) < 0.3
 
 
 @pytest.mark.gpu
