@@ -71,6 +71,8 @@ def start_engine(config: EngineConfig) -> StartedEngine:
     plan = prepared.plan
     try:
         runner = _runner(prepared)
+    except EngineStartError:
+        raise  # is a RuntimeError too, and says more
     except RuntimeError as error:  # torch cannot get the slab from the system
         raise EngineStartError(
             f"cannot allocate {plan.pages_bytes:,} bytes of pages and {plan.swap_bytes:,} to swap them out to: "

@@ -203,6 +203,15 @@ def test_a_cpu_is_refused_and_so_are_other_names(tmp_path: Path) -> None:
         assert "choose one of none, fp8" in refusal(lambda config=config, start=start: start(config))
 
 
+def test_a_layer_that_cannot_be_compiled_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runner(prepared: object) -> None:
+        raise EngineStartError("a layer of the model cannot be compiled (because): use --eager")
+
+    monkeypatch.setattr("gear_engine.start._runner", runner)
+    config = EngineConfig(model=str(saved(tmp_path)), device="cpu", dtype="float32", num_pages=8, max_model_len=100)
+    assert "use --eager" in refusal(lambda: start_engine(config))
+
+
 def test_a_model_without_linear_layers_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, "gpt2", n_embd=64, n_layer=2, n_head=4)
     assert "no linear layer" in refusal(lambda: load_model(folder, "cpu", torch.bfloat16, quantization="fp8"))
