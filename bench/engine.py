@@ -24,9 +24,10 @@ from gear_compression import PRESETS, layout_for
 from gear_engine.attention_trial import ATTENTION_NAME, register_attention, verify_attention
 from gear_engine.cuda_runner import CudaRunner
 from gear_engine.engine import Engine, Limits
-from gear_engine.model_loader import LoadedModel
+from gear_engine.model_loader import LoadedModel, weights_bytes
 from gear_engine.plan import MemoryPlan, cuda_device, plan_memory
 from gear_engine.protocol import AddRequest, SamplingParams
+from gear_engine.quantized import quantize_linears
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
@@ -51,6 +52,7 @@ class Work:
     max_running: int = 512
     max_batch_tokens: int = 4096
     sized_to_work: bool = False  # the pool holds what the work needs and no more
+    quantization: str = "none"  # of the weights
 
 
 WORKS = {
@@ -61,13 +63,14 @@ WORKS = {
     "8b-decode-64": Work("8b", 64, 1000, 200, max_running=64),
     "8b-tpot-1": Work("8b", 1, 1000, 200, max_running=1),
     "8b-tpot-8": Work("8b", 8, 1000, 200, max_running=8),
-    "7b-equal-batch": Work("7b", 40, 2500, 500, max_running=40, sized_to_work=True),
+    "7b-equal-batch": Work("7b", 40, 2500, 500, max_running=40, sized_to_work=True, quantization="fp8"),
     "smoke": Work("tiny", 40, 300, 60, max_running=32),
+    "smoke-fp8": Work("tiny", 40, 300, 60, max_running=32, quantization="fp8"),
 }
 
 
-def random_model(shape: str) -> LoadedModel:
-    """Llama of that shape on the GPU, in bf16."""
+def random_model(shape: str, quantization: str) -> LoadedModel:
+    """Llama of that shape on the GPU, in bf16, its linear layers in 8 bits if that is asked for."""
     register_attention()
     sizes: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32} | SHAPES[shape]
     config = LlamaConfig(max_position_embeddings=8192, attn_implementation=ATTENTION_NAME, **sizes)
@@ -80,6 +83,8 @@ def random_model(shape: str) -> LoadedModel:
         torch.set_default_dtype(torch.float32)
     model.eval().requires_grad_(False)
     layers = verify_attention(model)
+    if quantization == "fp8":
+        quantize_linears(model, torch.device("cuda"))
     return LoadedModel(
         model=model,
         config=config,
@@ -91,7 +96,7 @@ def random_model(shape: str) -> LoadedModel:
         vocab_size=config.vocab_size,
         max_position=config.max_position_embeddings,
         eos_token_ids=(),
-        weights_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        weights_bytes=weights_bytes(model),
     )
 
 
@@ -211,28 +216,36 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "command": "python bench/engine.py",
     }
-    models: dict[str, LoadedModel] = {}
-    for name in arguments.work or [name for name in WORKS if name != "smoke"]:
+    models: dict[tuple[str, str], LoadedModel] = {}  # one at a time
+    for name in arguments.work or [name for name in WORKS if not name.startswith("smoke")]:
         work = WORKS[name]
         for preset in arguments.preset or ["none", "near-lossless"]:
-            if any(row["work"] == name and row["preset"] == preset for row in result["rows"]):
+            rows = [row for row in result["rows"] if row["work"] == name and quantization(row) == work.quantization]
+            if any(row["preset"] == preset for row in rows):
                 continue
-            if work.shape not in models:
+            kind = work.shape, work.quantization
+            if kind not in models:
                 models.clear()
                 gc.collect()
                 torch.cuda.empty_cache()
-                models[work.shape] = random_model(work.shape)
-            bench = Bench(work, preset, models[work.shape])
-            row = bench.run({"work": name, "preset": preset})
+                models[kind] = random_model(*kind)
+            bench = Bench(work, preset, models[kind])
+            named = {"work": name, "preset": preset, "quantization": work.quantization}
+            row = bench.run(named | {"weights_bytes": models[kind].weights_bytes})
             row["gpu_idle_fraction"] = bench.idle_fraction() if arguments.idle else None
             result["rows"].append(row)
-            print_row(row, [r for r in result["rows"] if r["work"] == name and r["preset"] == "none"])
+            print_row(row, [other for other in [*rows, row] if other["preset"] == "none"])
             if arguments.json:
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
             bench.runner.close()
             del bench
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def quantization(row: dict[str, Any]) -> str:
+    """Rows of older runs do not say."""
+    return str(row.get("quantization", "none"))
 
 
 def print_row(row: dict[str, Any], none: list[dict[str, Any]]) -> None:

@@ -207,8 +207,10 @@ def _reasons_in_trial(
     if _hides_a_window(model, text, seen):
         yield "it keeps its sliding window in a mask, where our attention does not see it"
     first, second = packed.chunk(2)
-    # A wrong attention is off by tens of percent; bf16 rounds to 0.4 %, and every layer adds to that.
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    # A wrong attention is off by tens of percent; bf16 rounds to 0.4 %, quantised activations to 3 %, and every layer
+    # adds to that.
+    exact = model.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
+    tolerance = 1e-3 if exact else 0.1
     if not _distances(second, first).max() <= tolerance:
         yield "sequences in one batch change each other (it ignores position_ids, or mixes neighbouring tokens)"
     # The median token: in a mixture of experts rounding may send one token elsewhere.

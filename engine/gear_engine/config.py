@@ -13,6 +13,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None  # a folder, a .gguf file, a hub name; None: the embedded default model
     device: str = "auto"  # "cpu" | "cuda" | "auto"
     dtype: str = "auto"  # "float32" | "bfloat16" | "auto": bfloat16 on a GPU; on a CPU see packed.py
+    quantization: str = "none"  # "none" | "fp8": 8-bit weights made at load, on a GPU; see quantized.py
     backend: str = "auto"  # "reference" | "cpu" | "cuda" | "auto": how pages are written and read
     preset: str = "near-lossless"
     memory: str = "auto"  # a fraction of the device memory or a size such as "8GiB"; auto: 0.9 of a GPU, 0.5 of a host

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gear_compression.layout import Layout
 from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
+from gear_engine.protocol import EngineStartError
 from gear_engine.runner import RunResult, SampledErrors, paged_batch
 from gear_engine.sampler import on_device
 from gear_engine.sequence import Scheduled, Sequence
@@ -324,10 +326,19 @@ def compile_layers(model: nn.Module) -> None:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
 
 
-def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of the longest list of modules: where all architectures keep their layers."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    yield from max(lists, key=len)
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The list whose i-th module holds the attention of layer i: experts, which may be more, hold none.
+
+    Raises EngineStartError for a model that keeps its layers elsewhere.
+    """
+    for modules in model.modules():  # a layer comes before what is in it
+        if isinstance(modules, nn.ModuleList) and len(modules) and all(map(_attends_as, modules, count())):
+            return list(modules)
+    raise EngineStartError("the layers of this model are in no list, as compiling them needs: use --eager")
+
+
+def _attends_as(module: nn.Module, layer: int) -> bool:
+    return any(getattr(part, "layer_idx", None) == layer for part in module.modules())
 
 
 def no_decodes(layout: Layout, max_pages: int) -> StepArrays:

@@ -44,7 +44,7 @@ def fuse_projections(model: nn.Module, stacking: Stacking = Stacked) -> int:
         for names in GROUPS:
             linears = [layer for name in names if is_plain(layer := getattr(parent, name, None))]
             if len(linears) == len(names) and _agree(linears):
-                _Shared(linears, stacking(linears))
+                Shared(linears, stacking(linears))
                 num_fused += len(linears)
     return num_fused
 
@@ -71,7 +71,7 @@ def _agree(linears: list[nn.Linear]) -> bool:
     return len(kinds) == 1
 
 
-class _Shared:
+class Shared:
     """One product for several layers, of which each takes its part."""
 
     def __init__(self, linears: list[nn.Linear], product: Product) -> None:
@@ -96,7 +96,7 @@ class _Shared:
 class _SharedLinear(nn.Linear):
     """One of a group. A class, and no function on each module: layers that look alike are then compiled once."""
 
-    share: _Shared
+    share: Shared
     index: int
 
     def forward(self, x: Tensor) -> Tensor:

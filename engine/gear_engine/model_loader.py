@@ -5,6 +5,7 @@ Three nets, each for what the one before cannot see: the config (before any weig
 weight that is missing would be random), and a trial run (what the attention of every layer really asks for).
 """
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from gear_engine.attention_trial import ATTENTION_NAME, LayerAttention, refusal, register_attention, verify_attention
 from gear_engine.model_files import first_line, quiet_transformers, read_json
 from gear_engine.protocol import EngineStartError
+from gear_engine.quantized import quantize_linears
 
 # Attention that no field of the config gives away.
 REFUSED_TYPES = {
@@ -32,6 +35,15 @@ REFUSED_TYPES = {
     "openelm": "its attention differs from layer to layer",
 }
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+# What transformers runs quantised checkpoints with, by their quant_method; others it names itself.
+PACKAGES = {
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "compressed-tensors": ("compressed-tensors",),
+    "fp8": ("kernels",),
+    "gptq": ("optimum", "gptqmodel"),
+}
 
 
 @dataclass(slots=True)
@@ -52,15 +64,24 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, device: torch.device | str, dtype: torch.dtype, attn_implementation: str = ATTENTION_NAME
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attn_implementation: str = ATTENTION_NAME,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Raises EngineStartError, in one sentence, for a model that would not be served as its authors meant it.
 
-    Another attention, such as "sdpa", is for comparisons: the model passes the same checks first.
+    Another attention, such as "sdpa", is for comparisons: the model passes the same checks first. What is to be
+    quantised is read and checked on the CPU, where it may be mapped from its files, and goes to the device in 8 bits.
     """
     config = read_config(folder)
-    model = _read_weights(folder, config, torch.device(device), dtype)
+    device = torch.device(device)
+    _check_quantized(folder, config, device, quantization)
+    model = _read_weights(folder, config, device if quantization == "none" else torch.device("cpu"), dtype)
     layers = verify_attention(model)
+    if quantization != "none" and not quantize_linears(model, device):
+        raise EngineStartError(f"--quantization {quantization} finds no linear layer in {folder}: leave it out")
     if attn_implementation != ATTENTION_NAME:
         model.set_attn_implementation(attn_implementation)
     text = config.get_text_config(decoder=True)
@@ -100,6 +121,29 @@ def read_config(folder: Path) -> PreTrainedConfig:
     for reason in _reasons_against(config, text):
         raise refusal(name, reason)
     return config
+
+
+def _check_quantized(folder: Path, config: PreTrainedConfig, device: torch.device, quantization: str) -> None:
+    """Raises EngineStartError if the checkpoint is quantised and that cannot be run here."""
+    quantized = getattr(config, "quantization_config", None)
+    if not quantized:
+        return
+    method = (quantized if isinstance(quantized, dict) else quantized.to_dict()).get("quant_method", "unknown")
+    if quantization != "none":
+        raise EngineStartError(f"{folder} is quantised already ({method}): leave out --quantization")
+    if method != "bitsandbytes" and method not in AUTO_QUANTIZER_MAPPING:
+        raise EngineStartError(
+            f"{folder} is quantised in a way ({method}) that transformers {transformers_version} does not know: "
+            "choose another copy of the model"
+        )
+    if method == "fp8" and device.type == "cpu":
+        return  # is made bfloat16
+    packages = PACKAGES.get(method, ())
+    if any(importlib.util.find_spec(package.replace("-", "_")) is None for package in packages):
+        raise EngineStartError(
+            f"{folder} is quantised ({method}), which transformers runs with what is not installed: "
+            f"pip install {' '.join(packages)}"
+        )
 
 
 def _reasons_against(config: PreTrainedConfig, text: PreTrainedConfig) -> Iterator[str]:
@@ -165,6 +209,8 @@ def _read_weights(folder: Path, config: PreTrainedConfig, device: torch.device, 
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+    except ImportError as error:
+        raise EngineStartError(f"the weights in {folder} need a package: {first_line(error)}") from error
     except Exception as error:  # safetensors, transformers and quantisation packages each raise their own
         raise EngineStartError(
             f"cannot read the weights in {folder}: {first_line(error)}; check that the download is complete"

@@ -15,6 +15,7 @@ def plan(
     model: Annotated[str | None, typer.Argument(help="A model folder, a .gguf file or a hub name.")] = None,
     preset: Annotated[str, typer.Option(help="How pages are stored: a name, or a preset file.")] = "near-lossless",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto, as for gear-serve.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="none, or fp8: 8-bit weights, as for gear-serve.")] = "none",
     memory: Annotated[str, typer.Option(help="A fraction of the machine's memory, or a size such as 8GiB.")] = "auto",
     swap_space: Annotated[
         str, typer.Option(help="Host memory to swap pages out to: a size such as 2GiB, or 0.")
@@ -31,6 +32,7 @@ def plan(
         model=model,
         preset=preset,
         dtype=dtype,
+        quantization=quantization,
         memory=memory,
         swap_space=swap_space,
         max_model_len=max_model_len,

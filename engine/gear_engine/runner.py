@@ -18,6 +18,7 @@ from torch.nn import functional
 from gear_compression.layout import Layout
 from gear_compression.paged import PagedBatch
 from gear_compression.reference.attention import ReferenceBackend
+from gear_engine.fused import plain_linears
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
 from gear_engine.sequence import Scheduled, Sequence
@@ -232,13 +233,13 @@ def _table(rows: list[list[int]], min_width: int) -> Tensor:
 
 
 def compute_rows_alone(model: nn.Module) -> None:
-    """Make every linear layer multiply one token at a time, so that no sum depends on what else is in the batch.
+    """Make every plain linear layer multiply one token at a time, so that no sum depends on what else is in the batch.
 
-    Slow, and exact: with the reference backend a prompt gives the same bits however it is cut into chunks.
+    Slow, and exact: with the reference backend a prompt gives the same bits however it is cut into chunks. Layers of
+    quantised checkpoints, which do more than multiply, stay as they are.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = functools.partial(_row_by_row, module)  # type: ignore[method-assign]
+    for linear in list(plain_linears(model)):
+        linear.forward = functools.partial(_row_by_row, linear)  # type: ignore[method-assign]
 
 
 def _row_by_row(linear: nn.Linear, x: Tensor) -> Tensor:

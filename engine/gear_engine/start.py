@@ -11,18 +11,20 @@ from pathlib import Path
 import msgspec
 import psutil
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from gear_compression.config import ConfigError, preset
 from gear_compression.layout import CodeOrder, Layout, layout_for
 from gear_engine.config import EngineConfig
 from gear_engine.engine import Engine, Limits
 from gear_engine.grammar import Grammars
-from gear_engine.model_files import Dtype, model_folder
+from gear_engine.model_files import Dtype, first_line, model_folder
 from gear_engine.model_loader import LoadedModel, load_model, weights_bytes
 from gear_engine.packed import Products, can_pack, fastest_products, pack_linears
 from gear_engine.page_store import CacheDirError, PageStore, weights_identity
 from gear_engine.plan import MemoryPlan, cuda_device, host_device, parse_swap_space, plan_memory
 from gear_engine.protocol import AddRequest, EngineInfo, EngineStartError, SamplingParams
+from gear_engine.quantized import QUANTIZATIONS, check_device
 from gear_engine.runner import BACKENDS, ModelRunner, Runner
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
@@ -69,6 +71,8 @@ def start_engine(config: EngineConfig) -> StartedEngine:
     plan = prepared.plan
     try:
         runner = _runner(prepared)
+    except EngineStartError:
+        raise  # is a RuntimeError too, and says more
     except RuntimeError as error:  # torch cannot get the slab from the system
         raise EngineStartError(
             f"cannot allocate {plan.pages_bytes:,} bytes of pages and {plan.swap_bytes:,} to swap them out to: "
@@ -96,7 +100,7 @@ def _prepare(config: EngineConfig) -> _Prepared:
         device = host_device()
         runtime_bytes = psutil.Process().memory_info().rss
     folder = model_folder(config.model, name)
-    loaded = load_model(folder, config.device, dtype)
+    loaded = load_model(folder, config.device, dtype, quantization=config.quantization)
     before_bytes = psutil.Process().memory_info().rss
     grammars = Grammars(folder, loaded.eos_token_ids)  # now: it takes a second or more, and stops every other thread
     if not on_gpu:
@@ -147,7 +151,10 @@ def _runner(prepared: _Prepared) -> Runner:
         num_host_slots=plan.num_host_pages,
         eager=config.eager,
     )
-    logger.info("compiled and captured graphs in %.0f s", runner.warm_up())
+    try:
+        logger.info("compiled and captured graphs in %.0f s", runner.warm_up())
+    except TorchDynamoException as error:  # of quantised checkpoints, whose layers run code of other packages
+        raise EngineStartError(f"a layer of the model cannot be compiled ({first_line(error)}): use --eager") from error
     return runner
 
 
@@ -155,7 +162,13 @@ def _resolved(config: EngineConfig) -> EngineConfig:
     """With a device, a backend and the size of a step, if the settings make sense together."""
     if config.dtype not in ("auto", *_DTYPES):
         raise EngineStartError(f"--dtype {config.dtype!r} is unknown: choose one of auto, {', '.join(_DTYPES)}")
+    if config.quantization not in QUANTIZATIONS:
+        raise EngineStartError(
+            f"--quantization {config.quantization!r} is unknown: choose one of {', '.join(QUANTIZATIONS)}"
+        )
     device = _device(config.device)
+    if config.quantization != "none":
+        check_device(device)
     backend = config.backend
     if backend == "auto":
         backend = device
@@ -229,7 +242,7 @@ def model_layout(
 def _page_store(config: EngineConfig, folder: Path, layout: Layout) -> PageStore | None:
     if config.cache_dir is None:
         return None
-    identity = weights_identity(folder, layout, config.dtype)
+    identity = weights_identity(folder, layout, f"{config.dtype} {config.quantization}")
     try:
         return PageStore(Path(config.cache_dir), _cache_dir_bytes(config), identity, layout.page_bytes)
     except CacheDirError as error:
@@ -279,6 +292,8 @@ def _warm_up(engine: Engine) -> None:
 def _info(prepared: _Prepared) -> EngineInfo:
     config, loaded, layout, plan = prepared.config, prepared.loaded, prepared.layout, prepared.plan
     table = plan.table(config.preset)
+    if config.quantization == "fp8":
+        table += "\nproducts  in FP8, scaled by row of weights and by token; embeddings and logits in bfloat16"
     if config.device == "cpu":
         table += f"\nproducts  {prepared.products or 'of weights as PyTorch keeps them'}"
     return EngineInfo(

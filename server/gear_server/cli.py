@@ -64,6 +64,15 @@ def serve(
             _engine.dtype,
         ),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        _option(
+            "--quantization",
+            "fp8: on a GPU, linear layers of a model that is not quantised multiply in 8 bits, at half the memory; "
+            "their inputs are rounded too. none: weights as they are in the checkpoint.",
+            _engine.quantization,
+        ),
+    ] = None,
     backend: Annotated[
         str | None, _option("--backend", "How compressed pages are written and read.", _engine.backend)
     ] = None,

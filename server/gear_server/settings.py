@@ -60,6 +60,7 @@ class Settings(BaseModel):
 
     device: str | None = None
     dtype: str | None = None
+    quantization: str | None = None
     backend: str | None = None
     preset: str | None = None
     memory: Annotated[str | None, BeforeValidator(_number_to_text)] = None

@@ -4,13 +4,17 @@ import pytest
 import torch
 from emulated_kernels import emulate
 from tiny_llama import tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gear_compression import PRESETS, layout_for
 from gear_compression.cuda import backend
-from gear_engine.cuda_runner import CudaRunner
+from gear_engine.cuda_runner import CudaRunner, decoder_layers
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
-from gear_engine.protocol import AddRequest, PageError, SamplingParams
+from gear_engine.protocol import AddRequest, EngineStartError, PageError, SamplingParams
+from gear_engine.quantized import quantize_linears
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.sequence import Batch
@@ -94,6 +98,47 @@ def test_sealing_tells_what_it_costs(device: str, monkeypatch: pytest.MonkeyPatc
     texts(tiny_llama(device, head_dim=128), "near-lossless", chunk=150, errors=errors)
     assert {(error.layer, error.part) for error in errors} == {(0, "keys"), (0, "values"), (1, "keys"), (1, "values")}
     assert all(0.04 < error.ratio < 0.15 for error in errors), errors
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 200, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "layers"),
+    [
+        ("llama", {}, "model.layers"),
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, "transformer.h"),
+        ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16}, "model.layers"),
+    ],
+)
+def test_layers_are_told_from_experts_of_which_there_are_more(model_type: str, changes: dict, layers: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**SMALL, **changes}))
+    assert decoder_layers(model) == list(model.get_submodule(layers))
+    for layer in model.get_submodule(layers):
+        layer.experts = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+    assert decoder_layers(model) == list(model.get_submodule(layers))
+
+
+def test_a_model_whose_layers_are_in_no_list_is_refused() -> None:
+    with pytest.raises(EngineStartError, match="--eager"):
+        decoder_layers(nn.Sequential(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), nn.ModuleList()))
+
+
+# Rounding activations to 3 bits turns near-ties more often; where they fall depends on what is multiplied with them.
+def test_texts_in_eight_bits_are_those_of_the_model_in_eight_bits() -> None:
+    emulate()
+    loaded = tiny_llama()
+    quantize_linears(loaded.model, torch.device("cpu"))
+    assert gap(loaded, texts(loaded, "none", chunk=100, scratch=256)) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_same_in_eight_bits_on_a_gpu(eager: bool) -> None:
+    loaded = tiny_llama("cuda", head_dim=128)
+    quantize_linears(loaded.model, torch.device("cuda"))
+    assert gap(loaded, texts(loaded, "near-lossless", chunk=150, eager=eager)) < 0.3
 
 
 @pytest.mark.gpu

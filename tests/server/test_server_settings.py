@@ -50,7 +50,7 @@ def test_every_option_reaches_its_setting() -> None:
         "backend": "reference", "preset": "none", "memory": "8GiB", "num_pages": 2, "max_model_len": 3,
         "max_running": 4, "max_batch_tokens": 5, "max_waiting": 6, "metrics_port": 7, "log_level": "debug",
         "swap_space": "1GiB", "cache_dir": "/tmp/pages", "cache_dir_space": "2GiB", "metrics_host": "::1",
-        "log_format": "json",
+        "log_format": "json", "quantization": "fp8",
     }  # fmt: skip
     flags: list[str] = []
     for name, value in given.items():
@@ -62,6 +62,7 @@ def test_every_option_reaches_its_setting() -> None:
         model="some/model", device="cpu", dtype="float32", backend="reference", preset="none", memory="8GiB",
         num_pages=2, max_model_len=3, max_running=4, max_batch_tokens=5, max_waiting=6, swap_space="1GiB",
         cache_dir="/tmp/pages", cache_dir_space="2GiB", prefix_cache=False, log_format="json", eager=True,
+        quantization="fp8",
     )  # fmt: skip
 
 
