@@ -32,6 +32,7 @@ from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
 from gear_engine.slots import SlotAllocator
 
+PEAK_FLOPS, PEAK_BYTES_S = 989e12, 3.35e12  # of an H100 SXM: bf16 without sparsity, HBM3
 SHAPES = {
     "8b": {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
     "7b": {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
@@ -128,6 +129,8 @@ class Bench:
             SlotAllocator(self.plan.num_pages), layout, max_running=work.max_running,
             max_batch_tokens=work.max_batch_tokens, eos_token_ids=[],
         )  # fmt: skip
+        self.num_head_weights = loaded.vocab_size * loaded.config.hidden_size
+        self.num_weights = sum(p.numel() for p in loaded.model.parameters()) - 2 * self.num_head_weights
         self.engine = Engine(scheduler, self.runner, Sampler(loaded.vocab_size, []), Limits(max_len, loaded.vocab_size))
 
     def add(self, num_requests: int, num_in: int, num_out: int) -> None:
@@ -138,13 +141,14 @@ class Bench:
             self.engine.add(AddRequest(f"{num_in}-{i}", tokens, params))
 
     def run(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with what was measured."""
+        """The row with what was measured. Utilisation counts the products of the weights, and every step's reading of
+        all weights and all pages, against what an H100 has on paper."""
         work, engine = self.work, self.engine
         self.add(min(work.num_requests, 4), 300, 3)  # whatever is compiled at first use
         while engine.has_work:
             engine.step()
         self.add(work.num_requests, work.num_in, work.num_out)
-        held = num_steps = 0
+        held = num_steps = num_tokens = num_bytes = 0
         gaps: list[float] = []
         gc.collect()
         gc.freeze()  # as the engine's own process does
@@ -157,9 +161,12 @@ class Bench:
                 gaps.append(now - last)
             last = now
             num_steps += 1
+            num_tokens += report.batch_tokens
+            num_bytes += row["weights_bytes"] + report.stats.kv_sealed_bytes + report.stats.kv_open_bytes
             held = max(held, report.stats.kv_tokens)
         seconds = time.perf_counter() - began
         stats = engine.stats()
+        flop = 2 * (self.num_weights * num_tokens + self.num_head_weights * work.num_requests * work.num_out)
         return row | {
             "output_tok_s": work.num_requests * work.num_out / seconds,
             "seconds": seconds,
@@ -170,6 +177,9 @@ class Bench:
             "planned_bytes": self.plan.budget_bytes - self.plan.headroom_bytes - self.plan.runtime_bytes,
             "tokens_fit": self.plan.tokens_gear,
             "tokens_held": held,
+            "pages_used": stats.kv_peak_bytes // self.plan.layout.page_bytes,
+            "flops_utilisation": flop / seconds / PEAK_FLOPS,
+            "bandwidth_utilisation": num_bytes / seconds / PEAK_BYTES_S,
             "preemptions": stats.preemptions_total,
             "warm_up_s": self.warm_up_s,
         }
@@ -254,7 +264,9 @@ def print_row(row: dict[str, Any], none: list[dict[str, Any]]) -> None:
     print(
         f"{row['work']:<16}{row['preset']:<16}{row['output_tok_s']:8.0f} tok/s {ratio}  {row['seconds']:6.1f} s  "
         f"TPOT {row['tpot_ms_p50']:.2f} / {row['tpot_ms_p99']:.2f} ms  peak {row['peak_bytes'] / 2**30:.1f} GiB "
-        f"(planned {row['planned_bytes'] / 2**30:.1f})  {row['tokens_fit']:,} tokens fit, {row['tokens_held']:,} held  "
+        f"(planned {row['planned_bytes'] / 2**30:.1f})  {row['tokens_fit']:,} tokens fit, {row['tokens_held']:,} held "
+        f"in {row['pages_used']:,} pages  {row['flops_utilisation']:.0%} of FLOPs, "
+        f"{row['bandwidth_utilisation']:.0%} of bytes  "
         f"warm-up {row['warm_up_s']:.0f} s{idle}",
         flush=True,
     )
