@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--preset", action="append", choices=list(PRESETS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    loaded = random_model(options.shape)
+    loaded = random_model(options.shape, "none")
     rows = []
     for preset in options.preset or ["none", "near-lossless"]:
         row = restore(loaded, preset, options.tokens)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from gear_compression.paths import cache_dir
 from gear_engine.config import DEFAULT_MODEL
 from gear_engine.protocol import EngineStartError
 
@@ -131,12 +132,6 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def cache_dir() -> Path:
-    if chosen := os.environ.get("GEAR_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gearserve"
-
-
 def _converted(gguf: Path, dtype: Dtype) -> Path:
     """The folder that holds the same model as safetensors; made now if it is not there yet.
 
@@ -159,7 +154,7 @@ def _converted(gguf: Path, dtype: Dtype) -> Path:
         if folder.is_dir():  # another process was faster: a folder is never renamed onto a full one
             return folder
         raise EngineStartError(
-            f"cannot keep the converted model in {models} ({first_line(error)}): make room, or set GEAR_CACHE_DIR"
+            f"cannot keep the converted model in {models} ({first_line(error)}): make room, or set GEAR_HOME"
         ) from error
     return folder
 

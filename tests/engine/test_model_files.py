@@ -26,7 +26,7 @@ MERGES = ["h e", "l l", "he ll", "hell o"]
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("GEAR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("GEAR_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
 
 
@@ -282,18 +282,18 @@ def test_a_gguf_file_that_lacks_a_weight_is_refused(tmp_path, cache):
 
 def test_a_cache_that_cannot_be_written_is_refused_with_the_setting_that_moves_it(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("GEAR_CACHE_DIR", str(tmp_path / "file"))
-    assert "GEAR_CACHE_DIR" in refusal(str(tiny_gguf(tmp_path / "tiny.gguf")))
+    monkeypatch.setenv("GEAR_HOME", str(tmp_path / "file"))
+    assert "GEAR_HOME" in refusal(str(tiny_gguf(tmp_path / "tiny.gguf")))
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.delenv("GEAR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("GEAR_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_dir() == Path("/home/me/.cache/gearserve")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     assert cache_dir() == Path("/var/cache/gearserve")
-    monkeypatch.setenv("GEAR_CACHE_DIR", "~/gear")
+    monkeypatch.setenv("GEAR_HOME", "~/gear")
     assert cache_dir() == Path("/home/me/gear")
 
 
