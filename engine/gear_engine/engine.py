@@ -29,7 +29,7 @@ from gear_engine.protocol import (
     validate,
 )
 from gear_engine.runner import Runner, RunResult
-from gear_engine.sampler import Sampler, SamplingRow, on_device, reads_history
+from gear_engine.sampler import Sampler, SamplingRow, has_penalties, on_device
 from gear_engine.scheduler import Scheduler, service_order
 from gear_engine.sequence import Batch, Scheduled, Sequence
 
@@ -105,10 +105,11 @@ class _Launched:
 
 def sampling_row(sequence: Sequence) -> SamplingRow:
     params = sequence.params
-    if not reads_history(params):
+    if not has_penalties(params):
         return SamplingRow(params, sequence.seed, sequence.num_output)
     tokens, num_prompt = sequence.token_ids, sequence.num_prompt
-    return SamplingRow(params, sequence.seed, sequence.num_output, tokens[:num_prompt], tokens[num_prompt:])
+    is_behind = sequence.num_pending > 0
+    return SamplingRow(params, sequence.seed, sequence.num_output, tokens[:num_prompt], tokens[num_prompt:], is_behind)
 
 
 class Engine:
@@ -124,6 +125,7 @@ class Engine:
         self.limits = limits
         self.grammars = grammars
         self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
+        self._last_drawn: tuple[dict[str, int], list[Tensor]] = {}, []  # rows by request id, and the tokens in parts
         self._num_arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that have ended stay until their time
         self._seeds = random.Random()
@@ -217,8 +219,8 @@ class Engine:
         )
 
     def _needs_tokens(self) -> bool:
-        """Whether the next batch cannot be sampled before the tokens of the last one are known."""
-        return any(s.num_pending and reads_history(s.params) for s in self.scheduler.running)
+        """Whether the next batch cannot be sampled before the host knows the tokens of the last one."""
+        return any(s.num_pending and s.matcher is not None for s in self.scheduler.running)
 
     def _launch(self, batch: Batch) -> "_Launched":
         """Hand a batch to the device: what it copies, computes and draws."""
@@ -230,10 +232,12 @@ class Engine:
             sampling = [item.sequence for item in scheduled if item.samples]
             rows = [sampling_row(sequence) for sequence in sampling]
             self._restrict(sampling, rows)
-            tokens = self.sampler.draw(result.logits, rows)
+            tokens = self.sampler.draw(result.logits, rows, self._pending(sampling, rows))
             drawn_by += sampling
             parts.append((scheduled, result, tokens, self._told(scheduled, result, tokens)))
-        self.runner.keep_drawn(drawn_by, [tokens for _, _, tokens, _ in parts])
+        drawn = [tokens for _, _, tokens, _ in parts]
+        self.runner.keep_drawn(drawn_by, drawn)
+        self._last_drawn = {s.request_id: row for row, s in enumerate(drawn_by)}, drawn
         return _Launched(
             batch,
             failed,
@@ -242,6 +246,15 @@ class Engine:
                 for scheduled, result, tokens, told in parts
             ],
         )
+
+    def _pending(self, sampling: list[Sequence], rows: list[SamplingRow]) -> Tensor | None:
+        """What the rows lack that are behind: the tokens of the batch before, on the device."""
+        behind = [sequence.request_id for sequence, row in zip(sampling, rows, strict=True) if row.is_behind]
+        if not behind:
+            return None
+        row_of, drawn = self._last_drawn
+        tokens = torch.cat(drawn)
+        return tokens[on_device([row_of[request_id] for request_id in behind], tokens)]
 
     def _restrict(self, sampling: list[Sequence], rows: list[SamplingRow]) -> None:
         """Tell the rows of sequences that follow a grammar what it allows next."""

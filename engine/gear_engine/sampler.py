@@ -33,6 +33,7 @@ class SamplingRow:
     position: int  # index of the output token: 0 for the first
     prompt_token_ids: Sequence[int] = ()
     output_token_ids: Sequence[int] = ()
+    is_behind: bool = False  # a further output token has been drawn, which only the device knows yet
     allowed: Tensor | None = None  # [W] int32 on the host: a bit for each token that a grammar allows next
 
 
@@ -47,14 +48,15 @@ class Sampler:
         """As `draw`, on the host; None where no token can be chosen."""
         return [None if token < 0 else token for token in self.draw(logits, rows).tolist()]
 
-    def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    def draw(self, logits: Tensor, rows: Sequence[SamplingRow], pending: Tensor | None = None) -> Tensor:
         """logits: [N, V] of any float type -> [N] int64 tokens on the same device, not waited for.
 
-        -1 where no token can be chosen (NaN, +inf, or all -inf).
+        -1 where no token can be chosen (NaN, +inf, or all -inf). pending: [number of rows that are `is_behind`] int64,
+        the token that each of them lacks.
         """
         assert len(rows) == logits.shape[0]
         logits = logits[:, : self.vocab_size]  # an output layer padded to a round size has columns that are no tokens
-        raw, logits = logits, _adjusted(logits, rows, self.eos_token_ids)
+        raw, logits = logits, _adjusted(logits, rows, self.eos_token_ids, pending)
         best, tokens = logits.max(dim=-1)  # a tie goes to the lowest index
         healthy = best.isfinite()  # the maximum is NaN if any logit is, and infinite if +inf occurs or all are -inf
         if any(row.allowed is not None for row in rows):
@@ -68,10 +70,8 @@ class Sampler:
         return tokens.where(healthy, -1)
 
 
-def reads_history(params: SamplingParams) -> bool:
-    """Whether the next token depends on those before it otherwise than through the model."""
-    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-    return penalised or bool(params.grammar)
+def has_penalties(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
 @dataclass(slots=True)
@@ -96,7 +96,9 @@ class _Entries:
         logits.index_put_(self.where(logits), values, accumulate=True)
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]) -> Tensor:
+def _adjusted(
+    logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int], pending: Tensor | None
+) -> Tensor:
     """A float32 copy with grammars, biases, min_tokens and penalties worked in; the logits themselves if nobody asks.
 
     A poisoned logit stays one, unless a grammar forbids it: NaN and +inf come out of the other lines as NaN or +inf.
@@ -115,7 +117,7 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
         if p.presence_penalty != 0.0 or p.frequency_penalty != 0.0:
             counts = Counter(row.output_token_ids)
             penalties.add(i, counts.keys(), [-p.presence_penalty - p.frequency_penalty * n for n in counts.values()])
-    if allowed is None and not (biases.rows or seen.rows or penalties.rows):
+    if allowed is None and pending is None and not (biases.rows or seen.rows or penalties.rows):
         return logits
     logits = logits.to(torch.float32, copy=True)
     if allowed is not None:
@@ -125,7 +127,36 @@ def _adjusted(logits: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequen
     factor = on_device(seen.values, logits, logits.dtype)
     logits[where] = torch.where(logits[where] > 0, logits[where] / factor, logits[where] * factor)
     penalties.added_to(logits)
+    if pending is not None:
+        _penalise_pending(logits, rows, pending)
     return logits
+
+
+def _penalise_pending(logits: Tensor, rows: Sequence[SamplingRow], pending: Tensor) -> None:
+    """What the penalties would have done beside, had the pending tokens been among the rows' output tokens."""
+    behind = [i for i, row in enumerate(rows) if row.is_behind]
+    params = [rows[i].params for i in behind]
+    row = on_device(behind, logits)
+    pending = pending.clamp(min=0)  # where nothing could be drawn, the request ends anyway
+    in_output = _occurs(pending, [rows[i].output_token_ids for i in behind], logits.shape[1])
+    in_text = in_output | _occurs(pending, [rows[i].prompt_token_ids for i in behind], logits.shape[1])
+    value = logits[row, pending]
+    factor = on_device([p.repetition_penalty for p in params], logits, logits.dtype).masked_fill(in_text, 1.0)
+    value = torch.where(value > 0, value / factor, value * factor)
+    value -= on_device([p.presence_penalty for p in params], logits, logits.dtype).masked_fill(in_output, 0.0)
+    value -= on_device([p.frequency_penalty for p in params], logits, logits.dtype)
+    logits[row, pending] = value
+
+
+def _occurs(tokens: Tensor, lists: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """[N] bool: whether tokens[i] is in lists[i]."""
+    entries = _Entries()
+    for i, listed in enumerate(lists):
+        unique = set(listed)
+        entries.add(i, unique, [1.0] * len(unique))
+    occurs = torch.zeros(len(lists), vocab_size, dtype=torch.bool, device=tokens.device)
+    occurs[entries.where(tokens)] = True
+    return occurs.gather(1, tokens[:, None])[:, 0]
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

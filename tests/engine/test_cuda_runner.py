@@ -33,6 +33,8 @@ def texts(
     eager: bool = True,
     scratch: int | None = None,
     errors: list[PageError] | None = None,
+    overlaps: bool = True,
+    **params: float,
 ) -> list[list[int]]:
     layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 2, "tiles")
     runner = CudaRunner(
@@ -41,13 +43,14 @@ def texts(
     )  # fmt: skip
     if scratch:
         runner.backend.scratch_tokens = scratch
+    runner.overlaps = overlaps
     runner.warm_up()
     scheduler = Scheduler(
         SlotAllocator(num_slots), layout, max_running=8, max_batch_tokens=chunk, eos_token_ids=[], num_host_slots=20
     )
     engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(320, loaded.vocab_size))
     for i, prompt in enumerate(PROMPTS):
-        engine.add(AddRequest(str(i), prompt, SamplingParams(max_tokens=70, temperature=0.0)))
+        engine.add(AddRequest(str(i), prompt, SamplingParams(max_tokens=70, **{"temperature": 0.0} | params)))
     answers: dict[str, list[int]] = {str(i): [] for i in range(len(PROMPTS))}
     while engine.has_work:
         report = engine.step()
@@ -140,6 +143,23 @@ def test_the_same_in_eight_bits_on_a_gpu(eager: bool) -> None:
     loaded = tiny_llama("cuda", head_dim=128)
     quantize_linears(loaded.model, torch.device("cuda"))
     assert gap(loaded, texts(loaded, "near-lossless", chunk=150, eager=eager)) < 0.3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_penalties_on_tokens_that_the_host_does_not_know_yet(device: str) -> None:
+    emulate()
+    params = {
+        "temperature": 1.0,
+        "seed": 3,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.2,
+    }
+    loaded = tiny_llama(device, head_dim=128)
+    one_by_one, overlapped = (
+        texts(loaded, "none", chunk=400, overlaps=overlaps, **params) for overlaps in (False, True)
+    )
+    assert overlapped == one_by_one
 
 
 @pytest.mark.gpu

@@ -335,10 +335,18 @@ def test_the_search_on_a_gpu_cuts_where_sorting_does(num_tokens: int) -> None:
 def test_drawing_never_waits_for_the_device() -> None:
     """Whatever the parameters, and whether top_p finds few tokens or many."""
     rows = [
-        SamplingRow(SamplingParams(temperature=1.0, top_p=0.9, top_k=50), 1, 0),
-        SamplingRow(SamplingParams(temperature=5.0, top_p=0.99), 2, 5),
-        SamplingRow(SamplingParams(temperature=0.7, min_p=0.1, frequency_penalty=0.5), 3, 2, [1, 2], [3, 4]),
-        SamplingRow(SamplingParams(temperature=0.0, repetition_penalty=1.3, logit_bias={7: 5.0}), 4, 2, [1, 2], [3, 4]),
+        SamplingRow(SamplingParams(max_tokens=99, temperature=1.0, top_p=0.9, top_k=50), 1, 0),
+        SamplingRow(SamplingParams(max_tokens=99, temperature=5.0, top_p=0.99), 2, 5),
+        SamplingRow(
+            SamplingParams(max_tokens=99, temperature=0.7, min_p=0.1, frequency_penalty=0.5), 3, 2, [1, 2], [3, 4]
+        ),
+        SamplingRow(
+            SamplingParams(max_tokens=99, temperature=0.0, repetition_penalty=1.3, logit_bias={7: 5.0}),
+            4,
+            2,
+            [1, 2],
+            [3, 4],
+        ),
     ]
     logits = torch.randn(len(rows), 128256, generator=torch.Generator().manual_seed(0)).cuda()
     on_gpu = Sampler(128256, [])
@@ -347,3 +355,31 @@ def test_drawing_never_waits_for_the_device() -> None:
         again = on_gpu.draw(logits, rows)
     assert torch.equal(first, again)
     assert first.tolist() == Sampler(128256, []).draw(logits.cpu(), rows).tolist()
+
+
+@given(
+    history=st.lists(st.integers(0, V - 1), min_size=1, max_size=12),
+    prompt=st.lists(st.integers(0, V - 1), max_size=6),
+    repetition=st.sampled_from([1.0, 0.5, 1.7]),
+    presence=st.sampled_from([0.0, 0.8]),
+    frequency=st.sampled_from([0.0, -0.3, 0.6]),
+)
+def test_a_token_that_only_the_device_knows_is_penalised_like_any_other(
+    history, prompt, repetition, presence, frequency
+):
+    params = SamplingParams(
+        max_tokens=99,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias={1: 2.0},
+    )
+    whole = SamplingRow(params, 0, len(history), prompt, history)
+    behind = SamplingRow(params, 0, len(history), prompt, history[:-1], is_behind=True)
+    other = SamplingRow(SamplingParams(max_tokens=99), 0, 0)
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(len(history)))
+    logits[3] = logits[1]
+    expected = sampler._adjusted(logits, [other, whole, other, whole], [], None)
+    pending = torch.tensor([history[-1]])
+    adjusted = sampler._adjusted(logits, [other, whole, other, behind], [], pending)
+    torch.testing.assert_close(adjusted, expected)
