@@ -32,7 +32,6 @@ def service_order(priority: int, arrival: int) -> tuple[int, int]:
 
 MAX_LOOKED_AT = 64  # waiting sequences in a step
 MAX_READS = 4  # prefixes that are read from the page store at a time
-FAR = 768  # tokens before a prompt's chunk that make each of its tokens cost as much again (bench/pressure.py)
 MIN_CHUNK = 16  # what stands before is read once a chunk, whatever its size: ever smaller ones would end late
 
 
@@ -41,21 +40,21 @@ class _Step:
     """What a step has so far, in the order in which it runs."""
 
     budget: int  # tokens that it may still take
-    is_bounded: bool = False  # prompt tokens count for more of it, the more tokens stand before them
+    far_tokens: int | None = None  # before a chunk, which make each of its tokens cost as much again
     num_slots: int = 0  # taken for it, beside those that its sequences hold
     items: dict[Sequence, Scheduled] = field(default_factory=dict)
 
     def room(self, start: int) -> int:
         """Tokens that a sequence may take after the `start` that it has."""
-        if not self.is_bounded or self.budget <= 0:
-            return max(self.budget, 0)
-        return min(self.budget, max(self.budget * FAR // (FAR + start), MIN_CHUNK))
+        if self.far_tokens is None:
+            return self.budget
+        return min(self.budget, max(self.budget * self.far_tokens // (self.far_tokens + start), MIN_CHUNK))
 
     def cost(self, item: Scheduled) -> int:
         """Of the budget: what `room` grants may overdraw it, but never in tokens."""
-        if not self.is_bounded or item.num_new == 1:
+        if self.far_tokens is None or item.num_new == 1:
             return item.num_new
-        return -(-item.num_new * (FAR + item.start) // FAR)
+        return -(-item.num_new * (self.far_tokens + item.start) // self.far_tokens)
 
     def put(self, item: Scheduled) -> None:
         self.items[item.sequence] = item
@@ -86,12 +85,13 @@ class Scheduler:
         num_host_slots: int = 0,
         store: PageStore | None = None,
         chunk_tokens: int | None = None,
+        far_tokens: int | None = None,
     ) -> None:
         """`prefix_cache` off: sequences share nothing. `num_host_slots`: of host memory, to swap pages out to.
 
         `chunk_tokens`: prompt tokens in a step beside decoding sequences, and one more for each of these, because a
-        step of many takes longer anyway: it bounds what an arriving prompt adds to their latency. Fewer where the
-        prompt has tokens in the pool, which every further one attends to. None: no bound.
+        step of many takes longer anyway: it bounds what an arriving prompt adds to their latency. None: no bound.
+        `far_tokens`: so many tokens of a prompt in the pool, which all further ones attend to, halve the bound for it.
         """
         assert max_batch_tokens >= max_running, "a step must have room for one token of every running sequence"
         self.allocator = allocator
@@ -103,7 +103,7 @@ class Scheduler:
         self._page_size, self._run_tokens = layout.page_size, layout.run_tokens
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.far_tokens = chunk_tokens, far_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self.waiting: list[Sequence] = []
@@ -153,7 +153,7 @@ class Scheduler:
             elif sequence.is_running:  # it may have been preempted for one before it
                 self._take(sequence, 1, step)
         if step.items and self.chunk_tokens is not None:
-            step.budget, step.is_bounded = min(step.budget, self.chunk_tokens + len(step.items)), True
+            step.budget, step.far_tokens = min(step.budget, self.chunk_tokens + len(step.items)), self.far_tokens
         for sequence in prompts:
             if step.budget > 0 and sequence.is_running:
                 self._take(sequence, self._num_next(sequence, step), step)

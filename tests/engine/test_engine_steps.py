@@ -13,7 +13,7 @@ from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, RequestOutput, SamplingParams
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
-from gear_engine.scheduler import FAR, MIN_CHUNK, Scheduler
+from gear_engine.scheduler import MIN_CHUNK, Scheduler
 from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_slots_for_one
 
@@ -70,6 +70,7 @@ def engine(
     num_host_slots: int = 0,
     store: PageStore | None = None,
     chunk_tokens: int | None = None,
+    far_tokens: int | None = None,
     max_model_len: int = 400,
 ) -> Engine:
     scheduler = Scheduler(
@@ -82,6 +83,7 @@ def engine(
         num_host_slots=num_host_slots,
         store=store,
         chunk_tokens=chunk_tokens,
+        far_tokens=far_tokens,
     )
     return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(max_model_len, VOCAB))
 
@@ -121,24 +123,24 @@ def test_decodes_go_first_and_prompts_fill_what_the_budget_leaves() -> None:
 
 def test_a_prompt_that_arrives_beside_decodes_comes_in_chunks_that_shrink_behind_what_it_has() -> None:
     runner = ScriptedRunner()
-    target = engine(runner, chunk=1000, chunk_tokens=48, max_model_len=4000)
+    target = engine(runner, chunk=1000, chunk_tokens=48, far_tokens=500, max_model_len=4000)
     add(target, "a", 100, max_tokens=100)
     add(target, "b", 50, max_tokens=100)
     target.step()
-    add(target, "long", 3000)
+    add(target, "long", 2800)
     run(target)
     assert runner.steps[0] == [("a", 0, 100), ("b", 0, 50)]  # nobody decodes yet
     beside = [step[2] for step in runner.steps[1:] if len(step) == 3]
     assert beside[0] == ("long", 0, 50)  # and one for each that decodes
-    assert all(num_new == max(50 * FAR // (FAR + start), MIN_CHUNK) for _, start, num_new in beside)
+    assert all(num_new == max(50 * 500 // (500 + start), MIN_CHUNK) for _, start, num_new in beside)
     assert beside[-1][2] == MIN_CHUNK
     start = beside[-1][1] + MIN_CHUNK
-    assert runner.steps[len(beside) + 1] == [("long", start, 3000 - start)]  # nobody decodes any more
+    assert runner.steps[len(beside) + 1] == [("long", start, 2800 - start)]  # nobody decodes any more
 
 
 def test_two_prompts_beside_decodes_share_one_bound() -> None:
     runner = ScriptedRunner()
-    target = engine(runner, chunk=1000, chunk_tokens=47, max_model_len=4000)
+    target = engine(runner, chunk=1000, chunk_tokens=47, far_tokens=500, max_model_len=4000)
     add(target, "a", 100, max_tokens=3)
     target.step()
     add(target, "b", 20)
