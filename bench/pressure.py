@@ -103,6 +103,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "clock": "cpu" if options.cpu_time else "wall",
         "chunk_tokens": llm.engine.scheduler.chunk_tokens,
+        "far_tokens": llm.engine.scheduler.far_tokens,
     }
     result["shared_prompt"] = saved = shared(llm, clock)
     print(

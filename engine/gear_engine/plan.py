@@ -165,7 +165,7 @@ def activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: int, 
     layer = tokens * 4 * (6 * hidden + 4 * wide)  # gate and up as one product, gate activated, and the two multiplied
     # Before and after cap, mask and softmax; without a cap, which the config need not tell of, the masks of 8 segments.
     scores = max(5 * heads, 8) * 4 * min(layout.page_size, tokens) * max_len
-    scratch = 4 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's earlier pages, dequantised, placed
+    scratch = 2 * 4 * layout.num_kv_heads * layout.head_dim * max_len  # one layer's keys and values, dequantised
     sampling = 48 * rows * config.vocab_size  # logits in float32, integer weights, their sums and their order
     return layer + scores + scratch + sampling
 

@@ -32,6 +32,7 @@ def service_order(priority: int, arrival: int) -> tuple[int, int]:
 
 MAX_LOOKED_AT = 64  # waiting sequences in a step
 MAX_READS = 4  # prefixes that are read from the page store at a time
+MIN_CHUNK = 16  # what stands before is read once a chunk, whatever its size: ever smaller ones would end late
 
 
 @dataclass(slots=True)
@@ -39,19 +40,32 @@ class _Step:
     """What a step has so far, in the order in which it runs."""
 
     budget: int  # tokens that it may still take
+    far_tokens: int | None = None  # before a chunk, which make each of its tokens cost as much again
     num_slots: int = 0  # taken for it, beside those that its sequences hold
     items: dict[Sequence, Scheduled] = field(default_factory=dict)
 
+    def room(self, start: int) -> int:
+        """Tokens that a sequence may take after the `start` that it has."""
+        if self.far_tokens is None:
+            return self.budget
+        return min(self.budget, max(self.budget * self.far_tokens // (self.far_tokens + start), MIN_CHUNK))
+
+    def cost(self, item: Scheduled) -> int:
+        """Of the budget: what `room` grants may overdraw it, but never in tokens."""
+        if self.far_tokens is None or item.num_new == 1:
+            return item.num_new
+        return -(-item.num_new * (self.far_tokens + item.start) // self.far_tokens)
+
     def put(self, item: Scheduled) -> None:
         self.items[item.sequence] = item
-        self.budget -= item.num_new
+        self.budget -= self.cost(item)
         self.num_slots += len(item.taken_slots)
 
     def drop(self, sequence: Sequence) -> Scheduled | None:
         """The sequence is not to run in this step."""
         item = self.items.pop(sequence, None)
         if item is not None:
-            self.budget += item.num_new
+            self.budget += self.cost(item)
             self.num_slots -= len(item.taken_slots)
         return item
 
@@ -71,11 +85,13 @@ class Scheduler:
         num_host_slots: int = 0,
         store: PageStore | None = None,
         chunk_tokens: int | None = None,
+        far_tokens: int | None = None,
     ) -> None:
         """`prefix_cache` off: sequences share nothing. `num_host_slots`: of host memory, to swap pages out to.
 
         `chunk_tokens`: prompt tokens in a step beside decoding sequences, and one more for each of these, because a
         step of many takes longer anyway: it bounds what an arriving prompt adds to their latency. None: no bound.
+        `far_tokens`: so many tokens of a prompt in the pool, which all further ones attend to, halve the bound for it.
         """
         assert max_batch_tokens >= max_running, "a step must have room for one token of every running sequence"
         self.allocator = allocator
@@ -87,7 +103,7 @@ class Scheduler:
         self._page_size, self._run_tokens = layout.page_size, layout.run_tokens
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.far_tokens = chunk_tokens, far_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}  # waiting and running, by request id
         self.waiting: list[Sequence] = []
@@ -137,10 +153,10 @@ class Scheduler:
             elif sequence.is_running:  # it may have been preempted for one before it
                 self._take(sequence, 1, step)
         if step.items and self.chunk_tokens is not None:
-            step.budget = min(step.budget, self.chunk_tokens + len(step.items))
+            step.budget, step.far_tokens = min(step.budget, self.chunk_tokens + len(step.items)), self.far_tokens
         for sequence in prompts:
-            if step.budget and sequence.is_running:
-                self._take(sequence, self._num_next(sequence, step.budget), step)
+            if step.budget > 0 and sequence.is_running:
+                self._take(sequence, self._num_next(sequence, step), step)
         if self.waiting and len(self.waiting) == num_waiting:
             self._admit(step)  # else a sequence lost its slots, and is not to take others' at once
         moves, self.cache.moves = self.cache.moves, []
@@ -152,7 +168,7 @@ class Scheduler:
         One that would find a further page soon is passed over until then; of those after it as many are looked at as
         keep a step short.
         """
-        if not step.budget or len(self.running) >= self.max_running:
+        if step.budget <= 0 or len(self.running) >= self.max_running:
             return
         coming = self._coming()
         promised = sum(map(self._slots_to_come, self.running))
@@ -167,7 +183,7 @@ class Scheduler:
             data = self._read(sequence, found, wait=not step.items)
             if data is None:
                 continue  # others need not wait for the disk
-            item = self._start(sequence, found, data, step.budget)
+            item = self._start(sequence, found, data, step)
             if item is None:
                 break
             _remove(self.waiting, sequence)
@@ -177,7 +193,7 @@ class Scheduler:
             promised += self._slots_to_come(sequence)
             if key := self._next_page(sequence):
                 coming.setdefault(key, sequence)
-            if not step.budget or len(self.running) >= self.max_running:
+            if step.budget <= 0 or len(self.running) >= self.max_running:
                 break
 
     def _find(self, sequence: Sequence) -> list[Page]:
@@ -243,7 +259,7 @@ class Scheduler:
         in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
         return available + step.num_slots >= promised + wanted + in_flight
 
-    def _start(self, sequence: Sequence, found: list[Page], data: list[bytes], budget: int) -> Scheduled | None:
+    def _start(self, sequence: Sequence, found: list[Page], data: list[bytes], step: "_Step") -> Scheduled | None:
         """Its first chunk, after the pages `found`, those in `data`, and its open page if it was swapped out.
 
         None: no slots for it.
@@ -264,7 +280,7 @@ class Scheduler:
             return None
         sequence.pages, sequence.page_slots, sequence.open_slots = found, [page.slot for page in found], runs
         sequence.num_computed = sequence.num_swapped if resumes else num_found
-        item = self._try(sequence, self._num_next(sequence, budget))
+        item = self._try(sequence, self._num_next(sequence, step))
         if item is None:
             self._let_go(sequence)
             return None
@@ -334,10 +350,11 @@ class Scheduler:
             taken_slots=slots,
         )
 
-    def _num_next(self, sequence: Sequence, budget: int) -> int:
+    def _num_next(self, sequence: Sequence, step: "_Step") -> int:
         """Tokens of its next chunk: fewer where each has a row of logits, for which as much memory is set aside as
         sampling `max_running` rows takes."""
-        return min(sequence.num_to_compute, budget, 8 * self.max_running if sequence.num_unscored else budget)
+        room = step.room(sequence.num_computed)
+        return min(sequence.num_to_compute, room, 8 * self.max_running if sequence.num_unscored else room)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting with all its tokens and none of its slots; its sealed pages it may find again."""

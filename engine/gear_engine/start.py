@@ -32,9 +32,10 @@ from gear_engine.slots import SlotAllocator
 
 logger = logging.getLogger(__name__)
 
-# Prompt tokens that a step takes beside decoding sequences on a CPU, where every further one lengthens the step
-# (bench/pressure.py); a GPU takes what `max_batch_tokens` allows, because a step of fewer is hardly shorter there.
-CPU_CHUNK_TOKENS = 128
+# Prompt tokens that a step takes beside decoding sequences on a CPU, where every further one lengthens the step, twice
+# as much with CPU_FAR_TOKENS before it (bench/pressure.py); a GPU takes what `max_batch_tokens` allows, because a step
+# of fewer is hardly shorter there.
+CPU_CHUNK_TOKENS, CPU_FAR_TOKENS = 96, 512
 CPU_BATCH, CUDA_BATCH = (64, 512), (256, 2048)  # sequences and tokens in a step, where the user does not say
 
 _DTYPES: dict[str, tuple[Dtype, torch.dtype]] = {
@@ -271,6 +272,7 @@ def _engine(prepared: _Prepared, runner: Runner, store: PageStore | None = None)
         num_host_slots=plan.num_host_pages,
         store=store,
         chunk_tokens=CPU_CHUNK_TOKENS if config.device == "cpu" else None,
+        far_tokens=CPU_FAR_TOKENS,
     )
     sampler = Sampler(loaded.vocab_size, loaded.eos_token_ids)
     return Engine(scheduler, runner, sampler, Limits(plan.max_model_len, loaded.vocab_size), prepared.grammars)

@@ -13,7 +13,7 @@ from gear_engine.prefix_cache import Move
 from gear_engine.protocol import AddRequest, PromptTooLong, RequestError, RequestOutput, SamplingParams
 from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
-from gear_engine.scheduler import Scheduler
+from gear_engine.scheduler import MIN_CHUNK, Scheduler
 from gear_engine.sequence import Scheduled, Sequence
 from gear_engine.slots import SlotAllocator, num_slots_for_one
 
@@ -73,6 +73,8 @@ def engine(
     num_host_slots: int = 0,
     store: PageStore | None = None,
     chunk_tokens: int | None = None,
+    far_tokens: int | None = None,
+    max_model_len: int = 400,
 ) -> Engine:
     scheduler = Scheduler(
         SlotAllocator(num_slots),
@@ -84,8 +86,9 @@ def engine(
         num_host_slots=num_host_slots,
         store=store,
         chunk_tokens=chunk_tokens,
+        far_tokens=far_tokens,
     )
-    return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(400, VOCAB))
+    return Engine(scheduler, runner, Sampler(VOCAB, [EOS]), Limits(max_model_len, VOCAB))
 
 
 def add(target: Engine, name: str, num_prompt: int, priority: int = 0, **params: object) -> None:
@@ -121,17 +124,32 @@ def test_decodes_go_first_and_prompts_fill_what_the_budget_leaves() -> None:
     assert runner.steps == [[("a", 0, 10)], [("a", 10, 1), ("b", 0, 63)], [("a", 11, 1), ("b", 63, 37)]]
 
 
-def test_a_prompt_that_arrives_beside_decodes_comes_in_small_chunks() -> None:
+def test_a_prompt_that_arrives_beside_decodes_comes_in_chunks_that_shrink_behind_what_it_has() -> None:
     runner = ScriptedRunner()
-    target = engine(runner, chunk=200, chunk_tokens=16)
-    add(target, "a", 100, max_tokens=4)
-    add(target, "b", 50, max_tokens=4)
+    target = engine(runner, chunk=1000, chunk_tokens=48, far_tokens=500, max_model_len=4000)
+    add(target, "a", 100, max_tokens=100)
+    add(target, "b", 50, max_tokens=100)
     target.step()
-    add(target, "long", 200)
+    add(target, "long", 2800)
     run(target)
     assert runner.steps[0] == [("a", 0, 100), ("b", 0, 50)]  # nobody decodes yet
-    assert runner.steps[1:4] == [[("a", 100 + i, 1), ("b", 50 + i, 1), ("long", 18 * i, 18)] for i in range(3)]
-    assert runner.steps[4] == [("long", 54, 146)]  # nobody decodes any more
+    beside = [step[2] for step in runner.steps[1:] if len(step) == 3]
+    assert beside[0] == ("long", 0, 50)  # and one for each that decodes
+    assert all(num_new == max(50 * 500 // (500 + start), MIN_CHUNK) for _, start, num_new in beside)
+    assert beside[-1][2] == MIN_CHUNK
+    start = beside[-1][1] + MIN_CHUNK
+    assert runner.steps[len(beside) + 1] == [("long", start, 2800 - start)]  # nobody decodes any more
+
+
+def test_two_prompts_beside_decodes_share_one_bound() -> None:
+    runner = ScriptedRunner()
+    target = engine(runner, chunk=1000, chunk_tokens=47, far_tokens=500, max_model_len=4000)
+    add(target, "a", 100, max_tokens=3)
+    target.step()
+    add(target, "b", 20)
+    add(target, "c", 100)
+    run(target)
+    assert runner.steps[1] == [("a", 100, 1), ("b", 0, 20), ("c", 0, 28)]
 
 
 def test_a_smaller_priority_number_runs_first() -> None:

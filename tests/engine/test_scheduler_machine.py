@@ -140,6 +140,7 @@ class Serving(RuleBasedStateMachine):
             num_host_slots=num_host_slots,
             store=store,
             chunk_tokens=chunk // 4,
+            far_tokens=50,
         )
         self.engine = Engine(self.scheduler, self.runner, Sampler(VOCAB, []), Limits(MAX_LEN, VOCAB))
         self.wanted: dict[str, AddRequest] = {}

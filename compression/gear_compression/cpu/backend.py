@@ -65,6 +65,7 @@ class CpuPlan:
     open_slots: NDArray[np.int64]
     context_len: NDArray[np.int64]
     rows: NDArray[np.int64]  # [N] first row of each sequence
+    seen: Tensor  # [2, H, n, D] scratch: K and V of the pages that one sequence's chunk sees, one layer at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class CpuBackend:
                 chunks.setdefault(segment.sequence, []).append(segment)
             if segment.fills_page:
                 filled.append(segment)
+        num_seen = max((chunk[-1].end for chunk in chunks.values()), default=0)
         return CpuPlan(
             batch=batch,
             open_rows=OpenRows.of(batch, self.layout),
@@ -114,6 +116,7 @@ class CpuBackend:
             open_slots=batch.open_slots.numpy(),
             context_len=batch.context_len.numpy(),
             rows=batch.query_start[:-1].numpy(),
+            seen=torch.empty(2, self.layout.num_kv_heads, num_seen, self.layout.head_dim),
         )
 
     def attend(
@@ -180,11 +183,8 @@ class CpuBackend:
         layout = self.layout
         self._sampled_layer = (layer + 1) % layout.num_layers
         S, H, D = layout.page_size, layout.num_kv_heads, layout.head_dim
-        keys, values = torch.empty(H, D, S), torch.empty(H, S, D)
-        items = np.array([[0, head] for head in range(H)])
-        slots = np.array([slot])
-        dequantize(items, self._slab, self._kernel_layouts[layer], layer, slots, page, keys.numpy(), values.numpy())
-        stored = keys.transpose(1, 2), values
+        stored = torch.empty(2, H, S, D)
+        self._dequantize(np.array([slot]), layer, page, *stored)
         ratios = [
             float((back - x.transpose(0, 1)).norm() / x.norm().clamp(min=1e-30))
             for back, x in zip(stored, exact, strict=True)
@@ -205,31 +205,27 @@ class CpuBackend:
         out: Tensor,
     ) -> None:
         """Attention of one sequence's prompt chunk, page by page: earlier pages as sealed, the own page exactly."""
-        layout = self.layout
-        S, H, D = layout.page_size, layout.num_kv_heads, layout.head_dim
-        num_past = chunk[-1].page  # pages that some segment sees sealed
-        past_k, past_v = torch.empty(H, D, num_past * S), torch.empty(H, num_past * S, D)
-        if num_past:
-            items = torch.cartesian_prod(torch.arange(num_past), torch.arange(H)).numpy()
-            spread(
-                dequantize, items, num_past * S * H, self._slab, self._kernel_layouts[layer], layer,
-                plan.page_table[chunk[0].sequence, :num_past], 0, past_k.numpy(), past_v.numpy(),
-            )  # fmt: skip
-        past_k = past_k.transpose(1, 2)
+        S = self.layout.page_size
+        slots = plan.page_table[chunk[0].sequence]
+        self._dequantize(slots[: chunk[0].page], layer, 0, *plan.seen)
         # What a segment sees, one after the other in the same place: pages before it as sealed, its own exactly.
-        seen_k, seen_v = torch.empty(2, H, (num_past + 1) * S, D)
-        num_sealed = 0
         for segment in chunk:
-            first = segment.page * S
-            seen_k[:, num_sealed:first] = past_k[:, num_sealed:first]
-            seen_v[:, num_sealed:first] = past_v[:, num_sealed:first]
-            num_sealed = first
-            own_k, own_v = exact_page(self.runs, plan.batch, segment, layer, k, v)
-            seen_k[:, first : segment.end], seen_v[:, first : segment.end] = own_k, own_v
+            page, first = segment.page, segment.page * S
+            if segment is not chunk[0]:
+                self._dequantize(slots[page - 1 : page], layer, page - 1, *plan.seen[:, :, first - S : first])
+            seen_k, seen_v = plan.seen[:, :, : segment.end]
+            seen_k[:, first:], seen_v[:, first:] = exact_page(self.runs, plan.batch, segment, layer, k, v)
             rows = slice(segment.row, segment.row + segment.end - segment.start)
-            out[rows] = attend_segment(
-                q[rows], seen_k[:, : segment.end], seen_v[:, : segment.end], scaling, sliding_window, softcap
-            )
+            out[rows] = attend_segment(q[rows], seen_k, seen_v, scaling, sliding_window, softcap)
+
+    def _dequantize(self, slots: NDArray[np.int64], layer: int, first_page: int, keys: Tensor, values: Tensor) -> None:
+        """Sealed pages, of which the first is page `first_page` of a sequence, into keys and values [H, n, D]."""
+        H = self.layout.num_kv_heads
+        items = np.stack(np.divmod(np.arange(len(slots) * H), H), axis=1)
+        spread(
+            dequantize, items, len(items) * self.layout.page_size, self._slab, self._kernel_layouts[layer], layer,
+            slots, first_page, keys.numpy(), values.numpy(),
+        )  # fmt: skip
 
 
 def attend_segment(

@@ -7,8 +7,8 @@ differ; a page never depends on what else is sealed beside it.
 import numba
 import numpy as np
 
-from gear_compression.cpu.decode import record_at
-from gear_compression.cpu.rows import from_bf16
+from gear_compression.cpu.decode import add_product, record_at
+from gear_compression.cpu.rows import dot, from_bf16
 from gear_compression.reference.codes import GAUSSIAN_STEP
 from gear_compression.reference.low_rank import NUM_ROUNDS
 from gear_compression.reference.rounding import TINY as _TINY
@@ -56,12 +56,13 @@ def write_row(slab, at, n, bits, values):  # type: ignore[no-untyped-def]
 @numba.njit(**EXACT)
 def write_plane(slab, at, n, width, shift, values):  # type: ignore[no-untyped-def]
     num_bytes = n * width // 8
-    mask = (1 << width) - 1
-    for j in range(num_bytes):
-        byte = 0
-        for i in range(8 // width):
-            byte |= ((int(values[i * num_bytes + j]) >> shift) & mask) << (width * i)
-        slab.u8[at + j] = byte
+    mask = np.uint8((1 << width) - 1)
+    raw = slab.u8[at : at + num_bytes]
+    raw[:] = 0
+    for i in range(8 // width):
+        part, place = values[i * num_bytes : (i + 1) * num_bytes], np.uint8(width * i)
+        for j in range(num_bytes):
+            raw[j] |= ((np.uint8(np.int32(part[j])) >> np.uint8(shift)) & mask) << place
 
 
 @numba.njit(**EXACT)
@@ -84,28 +85,16 @@ def orthonormalize(a):  # type: ignore[no-untyped-def]
     """Rows of a [R, S] in place: each orthogonal to those before and of length 1, 0 if nothing is left."""
     R, S = a.shape
     for r in range(R):
-        size = np.sqrt(np.sum(a[r] * a[r]))
+        size = np.sqrt(dot(a[r], a[r], S))
         for _ in range(2):
             for earlier in range(r):
-                overlap = np.sum(a[earlier] * a[r])
+                overlap = dot(a[earlier], a[r], S)
                 for t in range(S):
                     a[r, t] -= overlap * a[earlier, t]
-        left = np.sqrt(np.sum(a[r] * a[r]))
+        left = np.sqrt(dot(a[r], a[r], S))
         scale = np.float32(0.0) if left <= np.float32(1e-5) * size else np.float32(1.0) / max(left, TINY)
         for t in range(S):
             a[r, t] *= scale
-
-
-@numba.njit(**EXACT)
-def project(x, a, b):  # type: ignore[no-untyped-def]
-    """b [R, D] = a [R, S] @ x [S, D]."""
-    b[:] = 0.0
-    for r in range(a.shape[0]):
-        out = b[r]
-        for s in range(x.shape[0]):
-            weight, row = a[r, s], x[s]
-            for d in range(x.shape[1]):
-                out[d] += weight * row[d]
 
 
 @numba.njit(**EXACT)
@@ -120,15 +109,14 @@ def fit(x, start, a, b):  # type: ignore[no-untyped-def]
     a[:] = start
     orthonormalize(a)
     for _ in range(NUM_ROUNDS):
-        project(unit, a, b)
+        b[:] = 0.0
+        add_product(a, unit, 0, D, b)
         for r in range(a.shape[0]):
             for s in range(S):
-                total = np.float32(0)
-                for d in range(D):
-                    total += unit[s, d] * b[r, d]
-                a[r, s] = total
+                a[r, s] = dot(unit[s], b[r], D)
         orthonormalize(a)
-    project(unit, a, b)
+    b[:] = 0.0
+    add_product(a, unit, 0, D, b)
     b *= largest
 
 
@@ -223,6 +211,20 @@ def store_scales(slab, base, part, low, high, mean_square, scale, zero):  # type
         slab.u16[(base + part.unit) // 2 + 1] = bf16_up(zero_unit)
 
 
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nnan", "nsz"})
+def spread_of(x, kept):  # type: ignore[no-untyped-def]
+    """(smallest, largest, sum of squares, count) of what is kept of x, for the vector units: no branch, no NaN."""
+    smallest, largest = np.float32(np.inf), np.float32(-np.inf)
+    squares, count = np.float32(0), np.int32(0)
+    for t in range(x.shape[0]):
+        value = x[t]
+        smallest = min(smallest, value if kept[t] else np.float32(np.inf))
+        largest = max(largest, value if kept[t] else np.float32(-np.inf))
+        squares += value * value if kept[t] else np.float32(0)
+        count += np.int32(kept[t])
+    return smallest, largest, squares, count
+
+
 @numba.njit(**EXACT)
 def quantize(slab, base, part, rest, kept):  # type: ignore[no-untyped-def]
     """Write codes, scales and zeros of rest [V, n]; rest becomes what the codes miss. The range is that of `kept`."""
@@ -231,25 +233,22 @@ def quantize(slab, base, part, rest, kept):  # type: ignore[no-untyped-def]
     low, high, mean_square = np.zeros((G, V), np.float32), np.zeros((G, V), np.float32), np.zeros((G, V), np.float32)
     for i in range(V):
         for j in range(G):
-            count = 0
-            for t in range(j * size, (j + 1) * size):
-                if kept[i, t]:
-                    value = rest[i, t]
-                    low[j, i] = min(low[j, i], value) if count else value
-                    high[j, i] = max(high[j, i], value) if count else value
-                    mean_square[j, i] += value * value
-                    count += 1
-            mean_square[j, i] /= max(count, 1)
+            row, keep = rest[i, j * size : (j + 1) * size], kept[i, j * size : (j + 1) * size]
+            smallest, largest, squares, count = spread_of(row, keep)
+            if count:
+                low[j, i], high[j, i], mean_square[j, i] = smallest, largest, squares / np.float32(count)
     scale, zero = np.empty((G, V), np.float32), np.empty((G, V), np.float32)
     store_scales(slab, base, part, low, high, mean_square, scale, zero)
     levels = np.float32((1 << part.bits) - 1)
     codes = np.empty((V, n), np.float32)
     for i in range(V):
         for j in range(G):
-            for t in range(j * size, (j + 1) * size):
-                code = np.rint((rest[i, t] - zero[j, i]) / scale[j, i])
-                codes[i, t] = min(max(code, np.float32(0)), levels)
-                rest[i, t] -= codes[i, t] * scale[j, i] + zero[j, i]
+            row, target = rest[i, j * size : (j + 1) * size], codes[i, j * size : (j + 1) * size]
+            step, origin = scale[j, i], zero[j, i]
+            for t in range(size):
+                target[t] = min(max(np.rint((row[t] - origin) / step), np.float32(0)), levels)
+            for t in range(size):
+                row[t] -= target[t] * step + origin
     write_row(slab, base + part.codes, V * n, part.bits, codes.reshape(-1))
 
 
