@@ -54,6 +54,7 @@ class Work:
     max_batch_tokens: int = 4096
     sized_to_work: bool = False  # the pool holds what the work needs and no more
     quantization: str = "none"  # of the weights
+    until_full: bool = False  # it ends when a sequence has to make room for others
 
 
 WORKS = {
@@ -61,6 +62,7 @@ WORKS = {
     "8b-6000-500": Work("8b", 192, 6000, 500, max_running=192),
     "7b-24g-1000-500": Work("7b", 96, 1000, 500, memory="24GB", max_running=96),
     "8b-512-4096": Work("8b", 192, 512, 4096, max_running=192),
+    "8b-held-1500": Work("8b", 1200, 1000, 500, max_running=1024, until_full=True),
     "8b-decode-64": Work("8b", 64, 1000, 200, max_running=64),
     "8b-tpot-1": Work("8b", 1, 1000, 200, max_running=1),
     "8b-tpot-8": Work("8b", 8, 1000, 200, max_running=8),
@@ -148,6 +150,7 @@ class Bench:
         while engine.has_work:
             engine.step()
         self.add(work.num_requests, work.num_in, work.num_out)
+        drawn_before = engine.stats().generation_tokens_total
         held = num_steps = num_tokens = num_bytes = 0
         gaps: list[float] = []
         gc.collect()
@@ -164,11 +167,14 @@ class Bench:
             num_tokens += report.batch_tokens
             num_bytes += row["weights_bytes"] + report.stats.kv_sealed_bytes + report.stats.kv_open_bytes
             held = max(held, report.stats.kv_tokens)
+            if work.until_full and report.stats.preemptions_total:
+                break
         seconds = time.perf_counter() - began
         stats = engine.stats()
-        flop = 2 * (self.num_weights * num_tokens + self.num_head_weights * work.num_requests * work.num_out)
+        num_drawn = stats.generation_tokens_total - drawn_before
+        flop = 2 * (self.num_weights * num_tokens + self.num_head_weights * num_drawn)
         return row | {
-            "output_tok_s": work.num_requests * work.num_out / seconds,
+            "output_tok_s": num_drawn / seconds,
             "seconds": seconds,
             "steps": num_steps,
             "tpot_ms_p50": 1e3 * statistics.median(gaps),
