@@ -16,7 +16,7 @@ from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move, Page, PageKey, PrefixCache
 from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
-from gear_engine.slots import SlotAllocator, num_slots_for_one, num_slots_held
+from gear_engine.slots import SlotAllocator, num_slots_for_one
 
 ARRIVALS_PER_PRIORITY = 1000
 
@@ -209,16 +209,18 @@ class Scheduler:
     def _next_page(self, sequence: Sequence) -> PageKey | None:
         """What the page that a running sequence is computing will be known by, if all its tokens are known."""
         num_pages = len(sequence.pages)
-        if (num_pages + 1) * self.layout.page_size > len(sequence.token_ids):
+        if (num_pages + 1) * self._page_size > len(sequence.token_ids):
             return None
         parent = sequence.pages[-1] if sequence.pages else None
-        return parent, sequence.cache_salt, sequence.page_tokens(self.layout.page_size)[num_pages]
+        return parent, sequence.cache_salt, sequence.page_tokens(self._page_size)[num_pages]
 
     def _coming(self) -> dict[PageKey, Sequence]:
         """The pages that running sequences are computing, and who is the first to have each."""
         coming: dict[PageKey, Sequence] = {}
+        page_size = self._page_size
         for sequence in self.running:
-            if key := self._next_page(sequence):
+            num_known = len(sequence.token_ids) - len(sequence.pages) * page_size
+            if num_known >= page_size and (key := self._next_page(sequence)):  # not so for those that decode
                 coming.setdefault(key, sequence)
         return coming
 
@@ -287,8 +289,10 @@ class Scheduler:
 
     def _slots_to_come(self, sequence: Sequence) -> int:
         """Slots that its known tokens and the next one still need."""
-        held = len(sequence.page_slots) + len(sequence.open_slots)
-        return max(0, num_slots_held(self.layout, sequence.num_tokens + 1) - held)
+        num_tokens, page_size = sequence.num_tokens + 1, self._page_size
+        num_runs = -(-(num_tokens % page_size) // self._run_tokens)
+        wanted = num_tokens // page_size + num_runs - len(sequence.page_slots) - len(sequence.open_slots)
+        return wanted if wanted > 0 else 0
 
     def _take(self, sequence: Sequence, num_new: int, step: "_Step") -> None:
         """Slots for a running sequence, from those behind it in the order if need be; else it is preempted itself."""
@@ -303,20 +307,20 @@ class Scheduler:
 
     def _try(self, sequence: Sequence, num_new: int) -> Scheduled | None:
         """Take the slots that `num_new` more tokens need, or none at all."""
-        start, page_size = sequence.num_computed, self._page_size
+        start, page_size, run_tokens = sequence.num_computed, self._page_size, self._run_tokens
         end = start + num_new
-        num_runs = -(-(end % page_size) // self._run_tokens)
         samples = end == sequence.num_tokens
-        num_filled = end // page_size - start // page_size
         pages, open_slots = sequence.page_slots, sequence.open_slots
-        if not num_filled:
-            num_missing = num_runs - len(open_slots)
-            if not num_missing:  # as for most tokens
-                return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots, [], [])
-            slots = self.cache.take(num_missing)
+        in_page = start % page_size + num_new
+        if in_page < page_size:  # as for most tokens
+            if in_page <= len(open_slots) * run_tokens:
+                return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots)
+            slots = self.cache.take(-(-in_page // run_tokens) - len(open_slots))
             if slots is None:
                 return None
-            return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots + slots, [], slots)
+            return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots + slots, (), slots)
+        num_filled = in_page // page_size
+        num_runs = -(-(end % page_size) // run_tokens)
         in_place = open_slots if self.layout.is_raw else []  # a raw page is sealed where it lies
         num_sealed = num_filled - len(in_place)
         slots = self.cache.take(num_sealed + num_runs)
@@ -330,7 +334,7 @@ class Scheduler:
             pages=pages + in_place + slots[:num_sealed],
             open_slots=open_slots,
             next_open_slots=slots[num_sealed:],
-            spent_slots=[] if in_place else open_slots,
+            spent_slots=() if in_place else open_slots,
             taken_slots=slots,
         )
 
@@ -384,8 +388,9 @@ class Scheduler:
                 sequence.page_slots = sequence.page_slots + item.pages[len(sequence.page_slots) :]
             sequence.open_slots = item.next_open_slots
             sequence.num_computed += item.num_new
-            sequence.num_pending = int(item.samples)
-            self.allocator.give_back(item.spent_slots)
+            sequence.num_pending = 1 if item.samples else 0
+            if item.spent_slots:
+                self.allocator.give_back(item.spent_slots)
 
     def commit(self, batch: Batch, tokens: dict[str, int], failed: dict[str, str]) -> list[RequestOutput]:
         """Take note of what an advanced step drew: `tokens` and sentences of failure, both by request id."""
@@ -394,18 +399,18 @@ class Scheduler:
             sequence = item.sequence
             if sequence.has_ended:
                 continue
-            output = None
             if failed and (error := failed.get(sequence.request_id)):
                 output = RequestOutput(sequence.request_id, [], finish_reason="error", error=error)
             else:
-                self._share(sequence)
-                if item.samples:
-                    output = self._append(sequence, tokens[sequence.request_id])
-            if output is not None:
-                outputs.append(output)
-                if output.finish_reason is not None:
-                    _remove(self.running if sequence.is_running else self.waiting, sequence)
-                    self._release(sequence)
+                if len(sequence.page_slots) > len(sequence.pages):
+                    self._share(sequence)
+                if not item.samples:
+                    continue
+                output = self._append(sequence, tokens[sequence.request_id])
+            outputs.append(output)
+            if output.finish_reason is not None:
+                _remove(self.running if sequence.is_running else self.waiting, sequence)
+                self._release(sequence)
         return outputs
 
     def _count_start(self, sequence: Sequence) -> None:
@@ -416,15 +421,13 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         """The pages that a step sealed are good: others may find them from now on."""
-        fresh = sequence.fresh_slots
-        if not fresh:
-            return
+        pages, fresh = sequence.pages, sequence.fresh_slots
         page_tokens = sequence.page_tokens(self._page_size)
         for slot in fresh:
-            parent = sequence.pages[-1] if sequence.pages else None
-            tokens = page_tokens[len(sequence.pages)]
-            sequence.pages.append(self.cache.add(parent, sequence.cache_salt, tokens, slot))
-        sequence.page_slots = [page.slot for page in sequence.pages]
+            parent = pages[-1] if pages else None
+            pages.append(self.cache.add(parent, sequence.cache_salt, page_tokens[len(pages)], slot))
+        if any(page.slot != slot for page, slot in zip(pages[-len(fresh) :], fresh, strict=True)):  # had been there
+            sequence.page_slots = [page.slot for page in pages]
 
     def _append(self, sequence: Sequence, token: int) -> RequestOutput:
         params, cached = sequence.params, sequence.num_cached
