@@ -155,15 +155,19 @@ class Scheduler:
         if not step.budget or len(self.running) >= self.max_running:
             return
         coming = self._coming()
-        promised = sum(map(self._slots_to_come, self.running))
+        promised: int | None = None  # slots that running sequences still need, once that is asked for
         for sequence in self.waiting[:MAX_LOOKED_AT]:
             found = self._find(sequence)
             if self._is_coming(sequence, found, coming):
                 continue
             # All its known tokens are to find slots beside those of the running sequences. Admitted on the room for a
             # first chunk alone, a long prompt would be thrown out again half-way, over and over.
-            if self.running and not self._has_room(sequence, found, promised, step):
-                break  # slots come free when running sequences end
+            if self.running:
+                num_left = self._num_left(sequence, found, step)
+                if promised is None and num_left >= 0:
+                    promised = sum(map(self._slots_to_come, self.running))
+                if promised is None or num_left < promised:
+                    break  # slots come free when running sequences end
             data = self._read(sequence, found, wait=not step.items)
             if data is None:
                 continue  # others need not wait for the disk
@@ -174,7 +178,8 @@ class Scheduler:
             _insert(self.running, sequence)
             sequence.is_running = True
             step.put(item)
-            promised += self._slots_to_come(sequence)
+            if promised is not None:
+                promised += self._slots_to_come(sequence)
             if key := self._next_page(sequence):
                 coming.setdefault(key, sequence)
             if not step.budget or len(self.running) >= self.max_running:
@@ -237,13 +242,13 @@ class Scheduler:
         other = coming.get((found[-1] if found else None, sequence.cache_salt, pages[len(found)]))
         return other is not None and other.order < sequence.order
 
-    def _has_room(self, sequence: Sequence, found: list[Page], promised: int, step: "_Step") -> bool:
-        """Whether all its known tokens find slots beside the `promised` ones of the running sequences."""
+    def _num_left(self, sequence: Sequence, found: list[Page], step: "_Step") -> int:
+        """Slots that are left for the running sequences if it has all that its known tokens need; negative: too few."""
         resident = [page for page in found if not page.in_host]
         available = self.allocator.num_free + self.allocator.num_cached - sum(not p.num_holders for p in resident)
         wanted = self._slots_to_come(sequence) - len(resident)
         in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
-        return available + step.num_slots >= promised + wanted + in_flight
+        return available + step.num_slots - wanted - in_flight
 
     def _start(self, sequence: Sequence, found: list[Page], data: list[bytes], budget: int) -> Scheduled | None:
         """Its first chunk, after the pages `found`, those in `data`, and its open page if it was swapped out.
@@ -449,7 +454,7 @@ class Scheduler:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_swapped=sum(s.num_swapped > 0 for s in self.waiting),
+            num_swapped=sum(1 for s in self.waiting if s.num_swapped),
             pages_free=self.allocator.num_free,
             pages_active=self.allocator.num_active,
             pages_cached=self.allocator.num_cached,
