@@ -16,7 +16,7 @@ from gear_engine.page_store import PageStore
 from gear_engine.prefix_cache import Move, Page, PageKey, PrefixCache
 from gear_engine.protocol import EngineStats, FinishReason, RequestOutput
 from gear_engine.sequence import Batch, Scheduled, Sequence
-from gear_engine.slots import SlotAllocator, num_slots_for_one, num_slots_held
+from gear_engine.slots import SlotAllocator, num_slots_for_one
 
 ARRIVALS_PER_PRIORITY = 1000
 
@@ -171,15 +171,19 @@ class Scheduler:
         if step.budget <= 0 or len(self.running) >= self.max_running:
             return
         coming = self._coming()
-        promised = sum(map(self._slots_to_come, self.running))
+        promised: int | None = None  # slots that running sequences still need, once that is asked for
         for sequence in self.waiting[:MAX_LOOKED_AT]:
             found = self._find(sequence)
             if self._is_coming(sequence, found, coming):
                 continue
             # All its known tokens are to find slots beside those of the running sequences. Admitted on the room for a
             # first chunk alone, a long prompt would be thrown out again half-way, over and over.
-            if self.running and not self._has_room(sequence, found, promised, step):
-                break  # slots come free when running sequences end
+            if self.running:
+                num_left = self._num_left(sequence, found, step)
+                if promised is None and num_left >= 0:
+                    promised = sum(map(self._slots_to_come, self.running))
+                if promised is None or num_left < promised:
+                    break  # slots come free when running sequences end
             data = self._read(sequence, found, wait=not step.items)
             if data is None:
                 continue  # others need not wait for the disk
@@ -190,7 +194,8 @@ class Scheduler:
             _insert(self.running, sequence)
             sequence.is_running = True
             step.put(item)
-            promised += self._slots_to_come(sequence)
+            if promised is not None:
+                promised += self._slots_to_come(sequence)
             if key := self._next_page(sequence):
                 coming.setdefault(key, sequence)
             if step.budget <= 0 or len(self.running) >= self.max_running:
@@ -225,16 +230,18 @@ class Scheduler:
     def _next_page(self, sequence: Sequence) -> PageKey | None:
         """What the page that a running sequence is computing will be known by, if all its tokens are known."""
         num_pages = len(sequence.pages)
-        if (num_pages + 1) * self.layout.page_size > len(sequence.token_ids):
+        if (num_pages + 1) * self._page_size > len(sequence.token_ids):
             return None
         parent = sequence.pages[-1] if sequence.pages else None
-        return parent, sequence.cache_salt, sequence.page_tokens(self.layout.page_size)[num_pages]
+        return parent, sequence.cache_salt, sequence.page_tokens(self._page_size)[num_pages]
 
     def _coming(self) -> dict[PageKey, Sequence]:
         """The pages that running sequences are computing, and who is the first to have each."""
         coming: dict[PageKey, Sequence] = {}
+        page_size = self._page_size
         for sequence in self.running:
-            if key := self._next_page(sequence):
+            num_known = len(sequence.token_ids) - len(sequence.pages) * page_size
+            if num_known >= page_size and (key := self._next_page(sequence)):  # not so for those that decode
                 coming.setdefault(key, sequence)
         return coming
 
@@ -251,13 +258,13 @@ class Scheduler:
         other = coming.get((found[-1] if found else None, sequence.cache_salt, pages[len(found)]))
         return other is not None and other.order < sequence.order
 
-    def _has_room(self, sequence: Sequence, found: list[Page], promised: int, step: "_Step") -> bool:
-        """Whether all its known tokens find slots beside the `promised` ones of the running sequences."""
+    def _num_left(self, sequence: Sequence, found: list[Page], step: "_Step") -> int:
+        """Slots that are left for the running sequences if it has all that its known tokens need; negative: too few."""
         resident = [page for page in found if not page.in_host]
         available = self.allocator.num_free + self.allocator.num_cached - sum(not p.num_holders for p in resident)
         wanted = self._slots_to_come(sequence) - len(resident)
         in_flight = num_slots_for_one(self.layout, 0)  # a page that is being sealed is held twice
-        return available + step.num_slots >= promised + wanted + in_flight
+        return available + step.num_slots - wanted - in_flight
 
     def _start(self, sequence: Sequence, found: list[Page], data: list[bytes], step: "_Step") -> Scheduled | None:
         """Its first chunk, after the pages `found`, those in `data`, and its open page if it was swapped out.
@@ -303,8 +310,10 @@ class Scheduler:
 
     def _slots_to_come(self, sequence: Sequence) -> int:
         """Slots that its known tokens and the next one still need."""
-        held = len(sequence.page_slots) + len(sequence.open_slots)
-        return max(0, num_slots_held(self.layout, sequence.num_tokens + 1) - held)
+        num_tokens, page_size = sequence.num_tokens + 1, self._page_size
+        num_runs = -(-(num_tokens % page_size) // self._run_tokens)
+        wanted = num_tokens // page_size + num_runs - len(sequence.page_slots) - len(sequence.open_slots)
+        return wanted if wanted > 0 else 0
 
     def _take(self, sequence: Sequence, num_new: int, step: "_Step") -> None:
         """Slots for a running sequence, from those behind it in the order if need be; else it is preempted itself."""
@@ -319,20 +328,20 @@ class Scheduler:
 
     def _try(self, sequence: Sequence, num_new: int) -> Scheduled | None:
         """Take the slots that `num_new` more tokens need, or none at all."""
-        start, page_size = sequence.num_computed, self._page_size
+        start, page_size, run_tokens = sequence.num_computed, self._page_size, self._run_tokens
         end = start + num_new
-        num_runs = -(-(end % page_size) // self._run_tokens)
         samples = end == sequence.num_tokens
-        num_filled = end // page_size - start // page_size
         pages, open_slots = sequence.page_slots, sequence.open_slots
-        if not num_filled:
-            num_missing = num_runs - len(open_slots)
-            if not num_missing:  # as for most tokens
-                return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots, [], [])
-            slots = self.cache.take(num_missing)
+        in_page = start % page_size + num_new
+        if in_page < page_size:  # as for most tokens
+            if in_page <= len(open_slots) * run_tokens:
+                return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots)
+            slots = self.cache.take(-(-in_page // run_tokens) - len(open_slots))
             if slots is None:
                 return None
-            return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots + slots, [], slots)
+            return Scheduled(sequence, start, num_new, samples, pages, open_slots, open_slots + slots, (), slots)
+        num_filled = in_page // page_size
+        num_runs = -(-(end % page_size) // run_tokens)
         in_place = open_slots if self.layout.is_raw else []  # a raw page is sealed where it lies
         num_sealed = num_filled - len(in_place)
         slots = self.cache.take(num_sealed + num_runs)
@@ -346,7 +355,7 @@ class Scheduler:
             pages=pages + in_place + slots[:num_sealed],
             open_slots=open_slots,
             next_open_slots=slots[num_sealed:],
-            spent_slots=[] if in_place else open_slots,
+            spent_slots=() if in_place else open_slots,
             taken_slots=slots,
         )
 
@@ -401,8 +410,9 @@ class Scheduler:
                 sequence.page_slots = sequence.page_slots + item.pages[len(sequence.page_slots) :]
             sequence.open_slots = item.next_open_slots
             sequence.num_computed += item.num_new
-            sequence.num_pending = int(item.samples)
-            self.allocator.give_back(item.spent_slots)
+            sequence.num_pending = 1 if item.samples else 0
+            if item.spent_slots:
+                self.allocator.give_back(item.spent_slots)
 
     def commit(self, batch: Batch, tokens: dict[str, int], failed: dict[str, str]) -> list[RequestOutput]:
         """Take note of what an advanced step drew: `tokens` and sentences of failure, both by request id."""
@@ -411,18 +421,18 @@ class Scheduler:
             sequence = item.sequence
             if sequence.has_ended:
                 continue
-            output = None
             if failed and (error := failed.get(sequence.request_id)):
                 output = RequestOutput(sequence.request_id, [], finish_reason="error", error=error)
             else:
-                self._share(sequence)
-                if item.samples:
-                    output = self._append(sequence, tokens[sequence.request_id])
-            if output is not None:
-                outputs.append(output)
-                if output.finish_reason is not None:
-                    _remove(self.running if sequence.is_running else self.waiting, sequence)
-                    self._release(sequence)
+                if len(sequence.page_slots) > len(sequence.pages):
+                    self._share(sequence)
+                if not item.samples:
+                    continue
+                output = self._append(sequence, tokens[sequence.request_id])
+            outputs.append(output)
+            if output.finish_reason is not None:
+                _remove(self.running if sequence.is_running else self.waiting, sequence)
+                self._release(sequence)
         return outputs
 
     def _count_start(self, sequence: Sequence) -> None:
@@ -433,15 +443,13 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         """The pages that a step sealed are good: others may find them from now on."""
-        fresh = sequence.fresh_slots
-        if not fresh:
-            return
+        pages, fresh = sequence.pages, sequence.fresh_slots
         page_tokens = sequence.page_tokens(self._page_size)
         for slot in fresh:
-            parent = sequence.pages[-1] if sequence.pages else None
-            tokens = page_tokens[len(sequence.pages)]
-            sequence.pages.append(self.cache.add(parent, sequence.cache_salt, tokens, slot))
-        sequence.page_slots = [page.slot for page in sequence.pages]
+            parent = pages[-1] if pages else None
+            pages.append(self.cache.add(parent, sequence.cache_salt, page_tokens[len(pages)], slot))
+        if any(page.slot != slot for page, slot in zip(pages[-len(fresh) :], fresh, strict=True)):  # had been there
+            sequence.page_slots = [page.slot for page in pages]
 
     def _append(self, sequence: Sequence, token: int) -> RequestOutput:
         params, cached = sequence.params, sequence.num_cached
@@ -463,7 +471,7 @@ class Scheduler:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=len(self.waiting),
-            num_swapped=sum(s.num_swapped > 0 for s in self.waiting),
+            num_swapped=sum(1 for s in self.waiting if s.num_swapped),
             pages_free=self.allocator.num_free,
             pages_active=self.allocator.num_active,
             pages_cached=self.allocator.num_cached,

@@ -1,5 +1,6 @@
 """The allocator of the pool's slots: integers only, so that every decision can be tested without a tensor."""
 
+from collections.abc import Sequence as Many
 from typing import Literal
 
 from gear_compression.layout import Layout
@@ -35,7 +36,7 @@ class SlotAllocator:
         self._count_active(count)
         return slots
 
-    def give_back(self, slots: list[int]) -> None:
+    def give_back(self, slots: Many[int]) -> None:
         """Active or cached ones are free again."""
         for slot in slots:
             assert self._states[slot] != "free", f"slot {slot} was free already"
