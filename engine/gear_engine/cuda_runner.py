@@ -166,6 +166,7 @@ class CudaRunner:
     @torch.inference_mode()
     def run(self, scheduled: list[Scheduled]) -> RunResult:
         """Launch the scheduled tokens. Running the same again is harmless: it writes the same bytes."""
+        self._launched += scheduled
         ordered = sorted(scheduled, key=lambda item: item.num_new > 1)  # a chunk of one token is as good as a decode
         arrays = step_arrays(paged_batch(ordered, self.layout), self.layout, self.backend.scratch_tokens)
         inputs = self._inputs(ordered)
@@ -179,7 +180,6 @@ class CudaRunner:
         else:
             logits, poisoned = self._run_layers(scheduled, ordered, arrays, inputs)
         sampled = self.backend.seal_decoded()
-        self._launched += scheduled
         num_sampled = len(logits) - num_scored
         return RunResult(
             logits[:num_sampled],
