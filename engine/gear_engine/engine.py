@@ -7,6 +7,7 @@ import heapq
 import logging
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,7 +198,7 @@ class Engine:
         outputs: list[RequestOutput] = []
         page_errors: list[PageError] = []
         before, self._in_flight = self._in_flight, None
-        if before and self._needs_tokens():
+        if before and (before.failed or self._needs_tokens()):  # what failed has drawn nothing to go on with
             outputs += self._commit(before, page_errors)
             before = None
         batch = self.scheduler.schedule()
@@ -346,12 +347,15 @@ class Engine:
         store.touch(reversed(saved))  # of a chain the end goes first
         store.close()
 
-    def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> list[tuple[list[Scheduled], RunResult]]:
-        """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up."""
+    def _run(self, scheduled: list[Scheduled], failed: dict[str, str]) -> Iterator[tuple[list[Scheduled], RunResult]]:
+        """Run a batch, in halves if memory does not suffice; a sequence that fails alone is given up.
+
+        A result is to be drawn from before the next is asked for: logits may lie in the same place.
+        """
         if not scheduled:
-            return []
+            return
         try:
-            return [(scheduled, self.runner.run(scheduled))]
+            result = self.runner.run(scheduled)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -360,9 +364,13 @@ class Engine:
                 failed[scheduled[0].sequence.request_id] = (
                     "out of memory while computing this request: send a shorter prompt, or lower --max-batch-tokens"
                 )
-                return []
+                return
+        else:
+            yield scheduled, result
+            return
         half = len(scheduled) // 2
-        return self._run(scheduled[:half], failed) + self._run(scheduled[half:], failed)
+        yield from self._run(scheduled[:half], failed)
+        yield from self._run(scheduled[half:], failed)
 
     def stats(self) -> EngineStats:
         return self.scheduler.stats(self.runner.peak_memory_bytes())

@@ -126,37 +126,44 @@ def _adjusted(
     where = seen.where(logits)
     factor = on_device(seen.values, logits, logits.dtype)
     logits[where] = torch.where(logits[where] > 0, logits[where] / factor, logits[where] * factor)
-    penalties.added_to(logits)
-    if pending is not None:
-        _penalise_pending(logits, rows, pending)
+    if pending is None:
+        penalties.added_to(logits)
+    else:
+        where, value = _penalised_pending(logits, rows, pending)
+        penalties.added_to(logits)
+        logits[where] = value
     return logits
 
 
-def _penalise_pending(logits: Tensor, rows: Sequence[SamplingRow], pending: Tensor) -> None:
-    """What the penalties would have done beside, had the pending tokens been among the rows' output tokens."""
-    behind = [i for i, row in enumerate(rows) if row.is_behind]
-    params = [rows[i].params for i in behind]
-    row = on_device(behind, logits)
-    pending = pending.clamp(min=0)  # where nothing could be drawn, the request ends anyway
-    in_output = _occurs(pending, [rows[i].output_token_ids for i in behind], logits.shape[1])
-    in_text = in_output | _occurs(pending, [rows[i].prompt_token_ids for i in behind], logits.shape[1])
-    value = logits[row, pending]
-    factor = on_device([p.repetition_penalty for p in params], logits, logits.dtype).masked_fill(in_text, 1.0)
+def _penalised_pending(
+    logits: Tensor, rows: Sequence[SamplingRow], pending: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Where the pending tokens' logits are, and what they would be if the tokens were known: the same bits.
+
+    logits: with the repetition penalty of known tokens, and without the other two.
+    """
+    behind = [row for row in rows if row.is_behind]
+    where = on_device([i for i, row in enumerate(rows) if row.is_behind], logits), pending.clamp(min=0)
+    # Where nothing could be drawn the token is -1, and the request ends anyway.
+    num_output = _count(where[1], [row.output_token_ids for row in behind])
+    num_prompt = _count(where[1], [row.prompt_token_ids for row in behind])
+    value = logits[where]
+    factor = on_device([row.params.repetition_penalty for row in behind], logits, logits.dtype)
+    factor = factor.masked_fill(num_output + num_prompt > 0, 1.0)
     value = torch.where(value > 0, value / factor, value * factor)
-    value -= on_device([p.presence_penalty for p in params], logits, logits.dtype).masked_fill(in_output, 0.0)
-    value -= on_device([p.frequency_penalty for p in params], logits, logits.dtype)
-    logits[row, pending] = value
+    presence, frequency = on_device(
+        [[row.params.presence_penalty for row in behind], [row.params.frequency_penalty for row in behind]],
+        logits,
+        torch.float64,
+    )
+    return where, value + (-presence - frequency * (num_output + 1)).to(value.dtype)
 
 
-def _occurs(tokens: Tensor, lists: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
-    """[N] bool: whether tokens[i] is in lists[i]."""
-    entries = _Entries()
-    for i, listed in enumerate(lists):
-        unique = set(listed)
-        entries.add(i, unique, [1.0] * len(unique))
-    occurs = torch.zeros(len(lists), vocab_size, dtype=torch.bool, device=tokens.device)
-    occurs[entries.where(tokens)] = True
-    return occurs.gather(1, tokens[:, None])[:, 0]
+def _count(tokens: Tensor, lists: Sequence[Sequence[int]]) -> Tensor:
+    """[N] int64: how often tokens[i] is in lists[i]."""
+    owner = on_device([i for i, listed in enumerate(lists) for _ in listed], tokens)
+    listed = on_device([token for listed in lists for token in listed], tokens)
+    return torch.zeros_like(tokens).scatter_add(0, owner, (listed == tokens[owner]).long())
 
 
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

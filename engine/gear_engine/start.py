@@ -243,7 +243,8 @@ def model_layout(
 def _page_store(config: EngineConfig, folder: Path, layout: Layout) -> PageStore | None:
     if config.cache_dir is None:
         return None
-    identity = weights_identity(folder, layout, f"{config.dtype} {config.quantization}")
+    numbers = config.dtype if config.quantization == "none" else f"{config.dtype} {config.quantization}"
+    identity = weights_identity(folder, layout, numbers)
     try:
         return PageStore(Path(config.cache_dir), _cache_dir_bytes(config), identity, layout.page_bytes)
     except CacheDirError as error:

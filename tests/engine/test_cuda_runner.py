@@ -16,9 +16,10 @@ from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
 from gear_engine.protocol import AddRequest, EngineStartError, PageError, SamplingParams
 from gear_engine.quantized import quantize_linears
+from gear_engine.runner import RunResult
 from gear_engine.sampler import Sampler
 from gear_engine.scheduler import Scheduler
-from gear_engine.sequence import Batch
+from gear_engine.sequence import Batch, Scheduled
 from gear_engine.slots import SlotAllocator
 
 PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((5, 130, 64, 200, 1))]
@@ -160,6 +161,39 @@ def test_penalties_on_tokens_that_the_host_does_not_know_yet(device: str) -> Non
         texts(loaded, "none", chunk=400, overlaps=overlaps, **params) for overlaps in (False, True)
     )
     assert overlapped == one_by_one
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_what_finds_no_memory_ends_alone_while_the_next_step_is_launched(
+    penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate()
+    run = CudaRunner.run
+
+    def short_of_memory(runner: CudaRunner, scheduled: list[Scheduled]) -> RunResult:
+        if sum(item.num_new for item in scheduled) > 40:
+            raise MemoryError
+        return run(runner, scheduled)
+
+    loaded = tiny_llama()
+    layout = layout_for(PRESETS["none"], 2, 2, 64, 2, "tiles")
+    runner = CudaRunner(loaded, layout, 60, max_running=8, max_batch_tokens=400, max_model_len=320, eager=True)
+    scheduler = Scheduler(SlotAllocator(60), layout, max_running=8, max_batch_tokens=400, eos_token_ids=[])
+    engine = Engine(scheduler, runner, Sampler(loaded.vocab_size, []), Limits(320, loaded.vocab_size))
+    monkeypatch.setattr(CudaRunner, "run", short_of_memory)
+    params = SamplingParams(max_tokens=10, temperature=0.0, presence_penalty=penalty)
+    for name, num_tokens in (("a", 5), ("large", 50), ("b", 9)):
+        engine.add(AddRequest(name, list(range(num_tokens)), params))
+    answers: dict[str, list[int]] = {"a": [], "b": [], "large": []}
+    errors = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            answers[output.request_id] += output.token_ids
+            if output.error:
+                errors[output.request_id] = output.error
+    assert [len(answer) for answer in answers.values()] == [10, 10, 0]
+    assert list(errors) == ["large"]
+    scheduler.check_integrity()
 
 
 @pytest.mark.gpu

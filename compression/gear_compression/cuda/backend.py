@@ -31,18 +31,23 @@ _BACKENDS: list["CudaBackend"] = []
 class Staging:
     """Brings many small integer arrays to the device in one copy, always to the same place.
 
-    Two buffers on the host take turns: the copy of one step may not have begun when the next one is built, but that of
-    the step before has ended when its tokens were seen.
+    Two buffers on the host take turns: the copy of one step may not have begun when the next one is built. That of the
+    step before has ended when its tokens were seen, unless memory did not suffice and a step was built in parts.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._host = [torch.empty(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._device = torch.empty(capacity, dtype=torch.int32, device=device)
+        self._copied = [torch.cuda.Event() if pinned else None for _ in range(2)]  # of each host buffer
 
     def send(self, arrays: list[Ints]) -> list[Tensor]:
         """Views of the device's buffer; equal shapes have equal addresses. Valid until the next step's are sent."""
         self._host.reverse()
+        self._copied.reverse()
+        copied = self._copied[0]
+        if copied and not copied.query():
+            copied.synchronize()
         host = self._host[0].numpy()
         starts, end = [], 0
         for array in arrays:
@@ -52,6 +57,8 @@ class Staging:
         for start, array in zip(starts, arrays, strict=True):
             host[start : start + array.size] = array.ravel()
         self._device[:end].copy_(self._host[0][:end], non_blocking=True)
+        if copied:
+            copied.record()
         return [
             self._device[start : start + array.size].view(array.shape)
             for start, array in zip(starts, arrays, strict=True)

@@ -83,7 +83,7 @@ def _prefill(  # type: ignore[no-untyped-def]
             rotation + d[:, None] * D + d[None, :], mask=is_channel[:, None] & is_channel[None, :], other=0.0
         )
         block: tl.constexpr = D & -D
-        acc = tl.dot(acc.to(tl.float16), signs) * (1.0 / tl.sqrt(block * 1.0))
+        acc = tl.dot((acc * (1.0 / tl.sqrt(block * 1.0))).to(tl.float16), signs)  # scaled first: no larger than values
     tl.store(out + q_at, acc.to(out.dtype.element_ty), mask=is_query)
 
 
