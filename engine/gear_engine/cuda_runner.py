@@ -22,7 +22,7 @@ from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import EngineStartError
-from gear_engine.runner import RunResult, SampledErrors, paged_batch
+from gear_engine.runner import RunResult, SampledErrors, copy_slots, paged_batch
 from gear_engine.sampler import on_device
 from gear_engine.sequence import Scheduled, Sequence
 
@@ -266,11 +266,7 @@ class CudaRunner:
         if not moves:
             return
         with self._beside_the_step({m.slot for m in moves if m.out}, {m.slot for m in moves if not m.out}):
-            for move in moves:
-                if move.out:
-                    self.host_slab[move.host_slot].copy_(self.slab[move.slot], non_blocking=True)
-                else:
-                    self.slab[move.slot].copy_(self.host_slab[move.host_slot], non_blocking=True)
+            copy_slots(moves, self.slab, self.host_slab)
 
     @contextlib.contextmanager
     def _beside_the_step(self, read: set[int], written: set[int]) -> Iterator[None]:

@@ -126,7 +126,10 @@ class Engine:
         self.limits = limits
         self.grammars = grammars
         self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
-        self._last_drawn: tuple[dict[str, int], list[Tensor]] = {}, []  # rows by request id, and the tokens in parts
+        self._last_drawn: tuple[list[Sequence], list[Tensor]] = (
+            [],
+            [],
+        )  # by the last batch: for whom, and tokens in parts
         self._num_arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that have ended stay until their time
         self._seeds = random.Random()
@@ -238,7 +241,7 @@ class Engine:
             parts.append((scheduled, result, tokens, self._told(scheduled, result, tokens)))
         drawn = [tokens for _, _, tokens, _ in parts]
         self.runner.keep_drawn(drawn_by, drawn)
-        self._last_drawn = {s.request_id: row for row, s in enumerate(drawn_by)}, drawn
+        self._last_drawn = drawn_by, drawn
         return _Launched(
             batch,
             failed,
@@ -253,7 +256,8 @@ class Engine:
         behind = [sequence.request_id for sequence, row in zip(sampling, rows, strict=True) if row.is_behind]
         if not behind:
             return None
-        row_of, drawn = self._last_drawn
+        drawn_by, drawn = self._last_drawn
+        row_of = {sequence.request_id: row for row, sequence in enumerate(drawn_by)}
         tokens = torch.cat(drawn)
         return tokens[on_device([row_of[request_id] for request_id in behind], tokens)]
 

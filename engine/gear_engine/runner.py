@@ -155,12 +155,7 @@ class ModelRunner:
         """They are known before the next batch is run."""
 
     def move(self, moves: list[Move]) -> None:
-        """Copy slots to host memory and back, bit for bit, in the order given."""
-        for move in moves:
-            if move.out:
-                self.host_slab[move.host_slot].copy_(self.slab[move.slot])
-            else:
-                self.slab[move.slot].copy_(self.host_slab[move.host_slot])
+        copy_slots(moves, self.slab, self.host_slab)
 
     def read_page(self, slot: int, *, in_host: bool) -> bytes:
         """The bytes of a slot, of the pool or of host memory, after all moves so far."""
@@ -208,6 +203,15 @@ class ModelRunner:
             gear_batch=attention,
         )
         return output.logits[0, : len(asked)], attention.finite
+
+
+def copy_slots(moves: list[Move], slab: Tensor, host_slab: Tensor) -> None:
+    """Between the pool and host memory, bit for bit, in the order given; a GPU is not waited for."""
+    for move in moves:
+        if move.out:
+            host_slab[move.host_slot].copy_(slab[move.slot], non_blocking=True)
+        else:
+            slab[move.slot].copy_(host_slab[move.host_slot], non_blocking=True)
 
 
 def paged_batch(scheduled: list[Scheduled], layout: Layout) -> PagedBatch:
