@@ -126,10 +126,7 @@ class Engine:
         self.limits = limits
         self.grammars = grammars
         self._in_flight: _Launched | None = None  # only between steps, and only if the runner overlaps
-        self._last_drawn: tuple[list[Sequence], list[Tensor]] = (
-            [],
-            [],
-        )  # by the last batch: for whom, and tokens in parts
+        self._last_drawn: tuple[list[Sequence], list[Tensor]] = [], []  # in the last batch: for whom, and the tokens
         self._num_arrivals = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap; those that have ended stay until their time
         self._seeds = random.Random()
