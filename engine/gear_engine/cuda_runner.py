@@ -1,7 +1,8 @@
 """Runs a batch on a GPU: one copy of integers there, one launch for a step of decodes, nothing waited for.
 
-A step of decodes replays a CUDA graph that was captured for its number of rows; a step with prompt chunks runs layer by
-layer, compiled. Tokens that were just drawn stay on the device: the next step reads them there.
+A step of decodes replays a CUDA graph that was captured for its number of rows; a short step with prompt chunks
+replays what lies between attentions, a longer one runs layer by layer, compiled. Tokens that were just drawn stay on
+the device: the next step reads them there.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from gear_compression.cuda.tables import Ints, SealArrays, StepArrays, num_scrat
 from gear_compression.layout import Layout
 from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
+from gear_engine.pieces import Pieces
+from gear_engine.plan import MAX_PIECES_TOKENS
 from gear_engine.prefix_cache import Move
 from gear_engine.protocol import EngineStartError
 from gear_engine.runner import RunResult, SampledErrors, copy_slots, paged_batch
@@ -34,6 +37,12 @@ def graph_sizes(max_running: int) -> list[int]:
     """Rows that graphs are captured for: close together where a step is short, so that few rows are for nothing."""
     sizes = [2, 4, 8, *range(16, 257, 16), *range(288, 4096, 32)]
     return [size for size in sizes if size < max_running] + [max(max_running, SMALLEST_GRAPH)]
+
+
+def piece_sizes(max_batch_tokens: int) -> list[int]:
+    """Tokens that a step with prompt chunks is captured for, in pieces."""
+    most = min(max_batch_tokens, MAX_PIECES_TOKENS)
+    return [*(size for size in (64, *range(128, most, 128)) if size < most), max(most, SMALLEST_GRAPH)]
 
 
 def context_classes(max_pages: int) -> list[int]:
@@ -109,7 +118,9 @@ class CudaRunner:
         self._peak = (-PEAK_S, 0)  # when it was asked, and bytes
         self._logits = torch.empty(0)
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._pieces: dict[int, Pieces] = {}
         self._sizes = graph_sizes(max_running)
+        self._piece_sizes = piece_sizes(max_batch_tokens)
         self._classes = context_classes(self.max_pages)
         if not eager:
             fuse_projections(loaded.model)
@@ -117,7 +128,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> float:
-        """Compile the layers and capture the graphs; returns the seconds that took. `run` works without, but slower."""
+        """Compile the layers and capture the graphs; returns the seconds that took."""
         start = time.monotonic()
         if self.eager:
             return 0.0
@@ -127,6 +138,8 @@ class CudaRunner:
         for size in reversed(self._sizes):
             for pages in reversed(self._classes):
                 self._graphs[size, pages] = self._capture(size, pages, pool)
+        for size in reversed(self._piece_sizes):
+            self._pieces[size] = self._capture_pieces(size, pool)
         torch.cuda.synchronize()
         return time.monotonic() - start
 
@@ -151,6 +164,22 @@ class CudaRunner:
         with torch.cuda.graph(graph, pool=pool):
             finite = step()
         return DecodeGraph(graph, finite)
+
+    def _capture_pieces(self, size: int, pool: Any) -> Pieces:
+        """A step of `size` tokens, at most `_num_asked(size)` of which are asked for logits."""
+        num_asked = self._num_asked(size)
+        inputs, asked = self._staging.send([np.zeros((2, size), np.int32), np.zeros(num_asked, np.int32)])
+        return Pieces(
+            self.backend, lambda: self._logits[:num_asked].copy_(self._model(inputs[0], inputs[1], asked)), pool
+        )
+
+    def _num_asked(self, size: int) -> int:
+        return min(size, self._sizes[-1])
+
+    def _pieces_for(self, num_tokens: int, num_asked: int) -> int:
+        """Their size; 0: the step is larger than all that were captured."""
+        fits = (size for size in self._piece_sizes if num_tokens <= size and num_asked <= self._num_asked(size))
+        return next(fits, 0) if self._pieces else 0
 
     def _model(self, ids: Tensor, positions: Tensor, asked: Tensor) -> Tensor:
         """[number asked, V]"""
@@ -243,15 +272,25 @@ class CudaRunner:
         sampled = [ends[id(item)] - 1 for item in scheduled if item.samples]
         scored = [ends[id(item)] - item.num_new + at - item.start for item in scheduled for at in item.scored]
         asked = np.array(sampled + scored, np.int32)
-        sent = self._staging.send([inputs, bounds, asked, *arrays_to_send(arrays)])
+        num_tokens, num_asked = inputs.shape[1], len(asked)
+        if size := self._pieces_for(num_tokens, num_asked):
+            inputs = np.pad(inputs, ((0, 0), (0, size - num_tokens)))
+            asked = np.pad(asked, (0, self._num_asked(size) - num_asked))
+        sent = self._staging.send([inputs, asked, bounds, *arrays_to_send(arrays)])
         longest = -(-int(arrays.lengths.max(initial=0)) // self.layout.page_size)
         splits = self.backend.splits(arrays.num_decodes, self._group, longest)
         self.backend.begin(self.backend.tables(arrays, sent[3:], splits))
-        some = sent[2] if len(asked) else sent[1][:1, 0]  # a model is not asked for no row at all
-        logits = self._model(self._ids(sent[0][0]), sent[0][1], some)[: len(asked)]
+        ids, positions = sent[0]
+        if size:
+            ids.copy_(self._ids(ids))
+            self._pieces[size].replay(num_tokens)
+            logits = self._logits[:num_asked]
+        else:
+            some = sent[1] if num_asked else sent[2][:1, 0]  # a model is not asked for no row at all
+            logits = self._model(self._ids(ids), positions, some)[:num_asked]
         assert self.backend.finite is not None
         bad = nn.functional.pad((~self.backend.finite).int().cumsum(0), (1, 0))
-        return logits, bad[sent[1][:, 1]] > bad[sent[1][:, 0]]
+        return logits, bad[sent[2][:, 1]] > bad[sent[2][:, 0]]
 
     def keep_drawn(self, sequences: list[Sequence], tokens: list[Tensor]) -> None:
         """The next step's last tokens, which only the device knows yet."""
@@ -288,6 +327,7 @@ class CudaRunner:
     def close(self) -> None:
         """Give the pool and the graphs back, for a program that makes another runner."""
         self._graphs.clear()
+        self._pieces.clear()
         self.backend.close()
         self.slab = self._logits = torch.empty(0)
 
@@ -350,4 +390,4 @@ def staging_ints(layout: Layout, max_running: int, max_batch_tokens: int, max_pa
     """Integers of the largest step: rows, and per sequence its pages twice, its runs and a page that was begun."""
     rows = max(max_batch_tokens, max_running)
     per_sequence = 4 * max_pages + 4 * layout.max_runs + 3 * layout.page_size + 64
-    return 16 * rows + max_running * per_sequence + 4096
+    return 16 * rows + 4 * MAX_PIECES_TOKENS + max_running * per_sequence + 4096

@@ -22,6 +22,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 _SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?(B)?"
 DEFAULT_SWAP_BYTES = 4 * 2**30
 GRAPHS_BYTES = 2**30  # CUDA graphs of all sizes, and what libraries keep as workspace
+MAX_PIECES_TOKENS = 1024  # of a step that is captured in pieces: a longer one keeps a GPU busy while it is launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ def gpu_activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: i
     """The same for a step on a GPU, whose layers are compiled and whose attention keeps no scores."""
     hidden, wide = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     projections = 2 * (config.num_attention_heads + 2 * layout.num_kv_heads) * layout.head_dim
-    layer = tokens * 2 * (4 * hidden + 3 * wide + projections)
+    captured = min(tokens, MAX_PIECES_TOKENS)  # whose memory is apart
+    layer = (tokens + captured) * 2 * (4 * hidden + 3 * wide + projections)
     scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * num_scratch_tokens(layout, max_len, tokens)
     logits = 2 * 2 * rows * config.vocab_size  # as computed, and as the graphs leave them
     sampling = 48 * min(rows * config.vocab_size, MAX_DRAWN)

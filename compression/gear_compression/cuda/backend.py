@@ -148,6 +148,7 @@ class CudaBackend:
         self._tables: StepTables | None = None
         self._layer = self._num_sealings = 0
         self.finite: Tensor | None = None  # [T] bool, once the last layer has attended
+        self.attend: Callable[..., Tensor] = self.attend_layer  # what the operator calls, unless a pass is being cut
 
     def close(self) -> None:
         """The number stays taken; the memory does not."""
@@ -187,8 +188,17 @@ class CudaBackend:
     def seal_tables(host: SealArrays, sent: list[Tensor]) -> SealTables | None:
         return SealTables(*sent) if len(host.slots) else None
 
-    def attend_layer(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float) -> Tensor:
-        """The next layer of the step. k and v are turned into the stored basis in place."""
+    def attend_layer(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The next layer of the step, into `out` if it is given. k and v are turned into the stored basis in place."""
         tables, layer, number = self._tables, self._layer, self.layout_number
         assert tables is not None
         self._layer += 1
@@ -202,10 +212,10 @@ class CudaBackend:
                 self.slab, tables.rows.page_table, tables.rows.open_slots, tables.rows.lengths, q[:n], number, layer,
                 *tables.splits, scaling, window, softcap,
             )  # fmt: skip
-        if decoded is not None and not tables.chunks:
+        if decoded is not None and not tables.chunks and out is None:
             out = decoded
         else:
-            out = torch.empty_like(q)
+            out = torch.empty_like(q) if out is None else out
             self._attend_chunks(tables, layer, q, k, v, scaling, window, softcap, out, rotates_values)
             if decoded is not None:
                 out[: len(decoded)] = decoded
@@ -325,7 +335,7 @@ def paged_attention(
 
     k and v are turned into the stored basis in place. window and softcap 0: none.
     """
-    return _BACKENDS[backend].attend_layer(q, k, v, scaling, window, softcap)
+    return _BACKENDS[backend].attend(q, k, v, scaling, window, softcap)
 
 
 @paged_attention.register_fake
