@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig
 from gear_compression.cuda.tables import num_scratch_tokens
 from gear_compression.layout import Layout
 from gear_engine.protocol import EngineStartError, MemoryRow
-from gear_engine.sampler import MAX_DRAWN
 from gear_engine.slots import num_slots_for_one, num_slots_held
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -179,7 +178,7 @@ def gpu_activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: i
     layer = (tokens + captured) * 2 * (4 * hidden + 3 * wide + projections)
     scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * num_scratch_tokens(layout, max_len, tokens)
     logits = 2 * 2 * rows * config.vocab_size  # as computed, and as the graphs leave them
-    sampling = 48 * min(rows * config.vocab_size, MAX_DRAWN)
+    sampling = 6 * rows * config.vocab_size  # a float32 copy that takes penalties, and what a grammar allows
     return layer + scratch + logits + sampling + GRAPHS_BYTES
 
 

@@ -62,7 +62,11 @@ class Sampler:
         if any(row.allowed is not None for row in rows):
             healthy &= raw.amax(dim=-1).isfinite()  # what a grammar forbids must not hide what is wrong
         drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
-        if drawn:
+        if drawn and logits.is_cuda:
+            from gear_engine.gpu_draw import draw_rows  # Triton is for GPUs
+
+            draw_rows(logits, best, tokens, on_device(_columns(drawn, rows, logits.shape[1]), logits, torch.float64))
+        elif drawn:
             at_once = max(1, MAX_DRAWN // logits.shape[1])
             for part in (drawn[i : i + at_once] for i in range(0, len(drawn), at_once)):
                 index = on_device(part, logits)
@@ -166,6 +170,25 @@ def _count(tokens: Tensor, lists: Sequence[Sequence[int]]) -> Tensor:
     return torch.zeros_like(tokens).scatter_add(0, owner, (listed == tokens[owner]).long())
 
 
+def _columns(drawn: Sequence[int], rows: Sequence[SamplingRow], V: int) -> list[Sequence[float]]:
+    """As `draw_rows` takes them."""
+    some = [rows[i] for i in drawn]
+    params = [row.params for row in some]
+    return [
+        drawn,
+        [p.temperature for p in params],
+        [abs(math.log(p.min_p)) if p.min_p > 0 else math.inf for p in params],
+        _top_k(params, V),
+        [p.top_p for p in params],
+        [uniform(row.seed, row.position) for row in some],
+    ]
+
+
+def _top_k(params: Sequence[SamplingParams], V: int) -> list[int]:
+    """V where it cuts nothing."""
+    return [p.top_k if 0 < p.top_k < V else V for p in params]
+
+
 def _draw(logits: Tensor, best: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Tokens [N] drawn from softmax(logits / temperature), cut by min_p, top_k and top_p; logits: [N, V] float32.
 
@@ -204,38 +227,25 @@ def _threshold(scaled: Tensor, weights: Tensor, params: Sequence[SamplingParams]
     """
     lowest = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], scaled)
     V = scaled.shape[-1]
-    top_k = [p.top_k if 0 < p.top_k < V else V for p in params]
+    top_k = _top_k(params, V)
     top_p = [p.top_p for p in params]
     wants_p = any(p < 1.0 for p in top_p)
-    best = None
-    sorted_for_p = wants_p and not scaled.is_cuda
-    num_sorted = max([k for k in top_k if k < V] + [min(NUM_CANDIDATES, V)] * sorted_for_p, default=0)
-    if num_sorted:
-        best = scaled.topk(num_sorted, dim=-1).values  # [N, num_sorted], descending
-        lowest = lowest.maximum(_kth(best, top_k))
+    num_sorted = max([k for k in top_k if k < V] + [min(NUM_CANDIDATES, V)] * wants_p, default=0)
+    if not num_sorted:
+        return lowest
+    best = scaled.topk(num_sorted, dim=-1).values  # [N, num_sorted], descending
+    lowest = lowest.maximum(_kth(best, top_k))
     if not wants_p:
         return lowest
     total = weights.where(scaled >= lowest, 0).sum(dim=-1, keepdim=True)
     wanted = (_column(top_p, total.double()) * total).ceil().long()
     off = on_device([p >= 1.0 for p in top_p], scaled, torch.bool)
-    if scaled.is_cuda:
-        from gear_engine.nucleus import nucleus_edge  # Triton is for GPUs
-
-        edge = nucleus_edge(scaled, weights, lowest, wanted)
-    else:
-        assert best is not None
-        edge = _edge_by_sorting(scaled, best, lowest, wanted, off)
-    return lowest.maximum(edge.masked_fill(off[:, None], -math.inf))
-
-
-def _edge_by_sorting(scaled: Tensor, best: Tensor, lowest: Tensor, wanted: Tensor, off: Tensor) -> Tensor:
-    """[N, 1]: as `nucleus_edge`, from the descending `best` where these suffice; rows that are `off` do not matter."""
     enough, edge = _nucleus(best, lowest, wanted)
     wide = (~(enough | off)).nonzero().squeeze(-1)
     if len(wide):
         everything = scaled[wide].sort(dim=-1, descending=True).values
         edge[wide] = _nucleus(everything, lowest[wide], wanted[wide])[1]
-    return edge
+    return lowest.maximum(edge.masked_fill(off[:, None], -math.inf))
 
 
 def _kth(best: Tensor, top_k: Sequence[int]) -> Tensor:

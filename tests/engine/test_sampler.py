@@ -310,25 +310,42 @@ def test_the_logits_of_the_model_are_left_as_they_were():
     assert torch.equal(logits, before)
 
 
-@pytest.mark.parametrize("num_tokens", [5, 300, 2048, 5000])
-def test_the_search_on_a_gpu_cuts_where_sorting_does(num_tokens: int) -> None:
-    """The kernel itself: in Triton's interpreter where there is no GPU. Half of the values are there many times."""
-    from gear_engine.nucleus import nucleus_edge
+CUTS = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 3.0, "top_p": 0.999},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 2.0, "top_k": 3, "top_p": 0.5},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.0, "min_p": 1.0},
+    {"temperature": 5.0, "min_p": 0.01, "top_p": 0.8, "top_k": 200},
+    {"temperature": 1e-5, "top_p": 0.01},
+    {"temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300, 4096, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_draws_what_the_definition_draws(num_tokens: int, dtype: torch.dtype) -> None:
+    """In Triton's interpreter where there is no GPU. Many logits are equal, some are forbidden, one row is poisoned."""
+    from gear_engine.gpu_draw import draw_rows
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = 6
-    logits = torch.randn(rows, num_tokens, generator=torch.Generator().manual_seed(num_tokens)) * 3
+    rows = [row(seed, position=seed, **CUTS[seed % len(CUTS)]) for seed in range(3 * len(CUTS))]
+    logits = torch.randn(len(rows), num_tokens + 3, generator=torch.Generator().manual_seed(num_tokens)) * 3
     logits[::2] = logits[::2].round()
-    scaled = (logits - logits.amax(1, keepdim=True)).to(device)
-    weights = sampler._weights(scaled)
-    lowest = torch.tensor([-math.inf, -math.inf, -4.0, -1.0, 0.0, -0.5], device=device)[:, None]
-    total = weights.where(scaled >= lowest, 0).sum(1, keepdim=True)
-    top_p = torch.tensor([0.01, 0.9, 0.999, 0.5, 0.3, 1.0], dtype=torch.float64, device=device)[:, None]
-    wanted = (top_p * total).ceil().long()
-    best = scaled.topk(min(3, num_tokens), dim=-1).values
-    off = torch.zeros(rows, dtype=torch.bool, device=device)
-    expected = sampler._edge_by_sorting(scaled, best, lowest, wanted, off)
-    assert torch.equal(nucleus_edge(scaled, weights, lowest, wanted), expected)
+    logits = logits.to(dtype)[:, :num_tokens]
+    logits[1::3, 1::2] = -math.inf
+    logits[4, 2] = math.nan
+    expected = Sampler(num_tokens, []).draw(logits, rows)
+    drawn = [i for i, r in enumerate(rows) if r.params.temperature > 0]
+    columns = torch.tensor(sampler._columns(drawn, rows, num_tokens), dtype=torch.float64, device=device)
+    best, tokens = logits.to(device).max(dim=-1)
+    draw_rows(logits.to(device), best, tokens, columns)
+    tokens = tokens.cpu()
+    healthy = [i for i in range(len(rows)) if i != 4]
+    assert tokens[healthy].tolist() == expected[healthy].tolist()
+    assert 0 <= tokens[4] < num_tokens  # and `draw` says that it is none
 
 
 @pytest.mark.gpu
