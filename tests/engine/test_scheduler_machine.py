@@ -6,7 +6,10 @@ The runner has no model and a memory: it writes into slots what a real one would
 
 import hashlib
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import settings
@@ -99,6 +102,35 @@ class RememberingRunner:
         return written
 
 
+class Disk(Executor):
+    """Reads and writes before the next step, or once they are waited for: with threads no run would be like another."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[DiskTask, Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **_: Any) -> Future[Any]:
+        task = DiskTask()
+        task.disk = self
+        self.tasks.append((task, fn, args))
+        return task
+
+    def run(self) -> None:
+        while self.tasks:
+            task, fn, args = self.tasks.pop(0)
+            task.set_result(fn(*args))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.run()
+
+
+class DiskTask(Future[Any]):
+    disk: Disk
+
+    def result(self, timeout: float | None = None) -> Any:
+        self.disk.run()
+        return super().result(timeout)
+
+
 def next_token(text: list[int]) -> int:
     return hashlib.sha256(bytes(text)).digest()[0] % VOCAB
 
@@ -126,9 +158,13 @@ class Serving(RuleBasedStateMachine):
         layout = tiny_layout(preset)
         self.failing: set[str] = set()
         self.folder = tempfile.TemporaryDirectory()
+        self.disk = Disk()
         store = None
         if num_files and prefix_cache:
             store = PageStore(Path(self.folder.name), num_files * 5 * layout.page_size, bytes(32), layout.page_size)
+            for threads in (store._writer, store._reader):
+                threads.shutdown()
+            store._writer = store._reader = self.disk
         self.runner = RememberingRunner(layout, self.failing, overlaps)
         self.scheduler = Scheduler(
             SlotAllocator(num_slots_for_one(layout, MAX_LEN) + spare),
@@ -172,6 +208,7 @@ class Serving(RuleBasedStateMachine):
             self.scheduler.check_integrity()
 
     def _step(self) -> None:
+        self.disk.run()
         for output in self.engine.step().outputs:
             self.answers[output.request_id] += output.token_ids
             if output.finish_reason == "length":
