@@ -23,12 +23,13 @@ from gear_engine.fused import fuse_projections
 from gear_engine.model_loader import LoadedModel
 from gear_engine.pieces import Pieces
 from gear_engine.plan import MAX_PIECES_TOKENS
-from gear_engine.prefix_cache import Move
+from gear_engine.prefix_cache import Move, runs
 from gear_engine.protocol import EngineStartError
 from gear_engine.runner import RunResult, SampledErrors, copy_slots, paged_batch
 from gear_engine.sampler import on_device
 from gear_engine.sequence import Scheduled, Sequence
 
+MOVES_A_RUN = 8  # of pages that go out before the first may come into their places
 PEAK_S = 1.0  # between two looks at the allocator's peak
 SMALLEST_GRAPH = 2  # a compiled layer would be compiled again for a single row
 
@@ -114,7 +115,7 @@ class CudaRunner:
         self._drawn_rows: dict[str, int] = {}
         self._launched: list[Scheduled] = []  # of the step that is being launched
         self._in_flight: list[Scheduled] = []  # of the step before, which may still run
-        self._copies = torch.cuda.Stream() if pinned else None
+        self._copies, self._copies_out = (torch.cuda.Stream() if pinned else None for _ in range(2))
         self._peak = (-PEAK_S, 0)  # when it was asked, and bytes
         self._logits = torch.empty(0)
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
@@ -301,11 +302,23 @@ class CudaRunner:
             self._drawn[: len(drawn)] = drawn.clamp(min=0)  # where nothing could be drawn, the sequence ends anyway
 
     def move(self, moves: list[Move]) -> None:
-        """Copy slots to host memory and back, bit for bit, in the order given: before the next step runs."""
+        """Copy slots to host memory and back, bit for bit, as if in the order given: before the next step runs."""
         if not moves:
             return
         with self._beside_the_step({m.slot for m in moves if m.out}, {m.slot for m in moves if not m.out}):
-            copy_slots(moves, self.slab, self.host_slab)
+            if self._copies is None or self._copies_out is None:
+                copy_slots(moves, self.slab, self.host_slab)
+                return
+            streams = {False: self._copies, True: self._copies_out}
+            self._copies_out.wait_stream(self._copies)
+            over: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
+            for run in runs(moves, MOVES_A_RUN):
+                with torch.cuda.stream(streams[run.out]):
+                    if run.after:
+                        streams[run.out].wait_event(over[not run.out][run.after - 1])
+                    copy_slots(run.moves, self.slab, self.host_slab)
+                    over[run.out].append(streams[run.out].record_event())
+            self._copies.wait_stream(self._copies_out)
 
     @contextlib.contextmanager
     def _beside_the_step(self, read: set[int], written: set[int]) -> Iterator[None]:

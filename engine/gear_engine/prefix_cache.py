@@ -6,7 +6,8 @@ A page whose slot is needed goes to host memory while there is room, from there 
 comes back when it is found. Integers only: what is to be copied is noted in `moves`.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gear_engine.page_store import PageStore, StoredPage
@@ -20,6 +21,28 @@ class Move:
     slot: int
     host_slot: int
     out: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Moves in one direction. They may be made while those in the other are, once `after` runs of these are over."""
+
+    out: bool
+    moves: list[Move]
+    after: int
+
+
+def runs(moves: list[Move], size: int) -> Iterator[Run]:
+    """The same moves, up to `size` at a time, for a bus that carries both directions at once."""
+    counts = {True: 0, False: 0}
+    touched: dict[tuple[bool, str, int], int] = {}  # by which run of a direction, counted from 1
+    for out, group in itertools.groupby(moves, key=lambda move: move.out):
+        rest = list(group)
+        for batch in (rest[start : start + size] for start in range(0, len(rest), size)):
+            places = [place for move in batch for place in (("pool", move.slot), ("host", move.host_slot))]
+            yield Run(out, batch, after=max(touched.get((not out, *place), 0) for place in places))
+            counts[out] += 1
+            touched |= {(out, *place): counts[out] for place in places}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +192,23 @@ class PrefixCache:
             return self.allocator.take(count)
         if missing > len(self._unheld):
             return None
-        for _ in range(missing):
-            self._evict(next(iter(self._unheld)))
+        # Taken in the order in which they are left, so that what comes in need not wait for all that goes out.
+        self.allocator.give_back([self._evict(next(iter(self._unheld))) for _ in range(missing)])
         return self.allocator.take(count)
 
-    def _evict(self, page: Page) -> None:
-        """From the pool to host memory, or for good if there is no room."""
+    def _evict(self, page: Page) -> int:
+        """From the pool to host memory, or for good if there is no room; returns the slot, which is not free yet."""
+        slot = page.slot
         del self._unheld[page]
-        self.allocator.give_back([page.slot])
         host_slots = self.take_host(1)
         if host_slots is None:
             self._save(page)
             self._forget(page)
-            return
-        self.moves.append(Move(page.slot, host_slots[0], out=True))
+            return slot
+        self.moves.append(Move(slot, host_slots[0], out=True))
         page.slot, page.in_host = host_slots[0], True
         self._in_host[page] = None
+        return slot
 
     def take_host(self, count: int) -> list[int] | None:
         """Slots of host memory, dropping pages that are there if need be; None if open pages have taken the rest."""
