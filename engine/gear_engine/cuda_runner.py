@@ -135,16 +135,16 @@ class CudaRunner:
             return 0.0
         rows = self._sizes[-1]
         self._logits = torch.empty(rows, self.loaded.vocab_size, dtype=self.loaded.model.dtype, device=self.device)
-        pool = torch.cuda.graph_pool_handle()
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         for size in reversed(self._sizes):
             for pages in reversed(self._classes):
-                self._graphs[size, pages] = self._capture(size, pages, pool)
+                self._graphs[size, pages] = self._capture(size, pages, pool, stream)
         for size in reversed(self._piece_sizes):
-            self._pieces[size] = self._capture_pieces(size, pool)
+            self._pieces[size] = self._capture_pieces(size, pool, stream)
         torch.cuda.synchronize()
         return time.monotonic() - start
 
-    def _capture(self, size: int, pages: int, pool: Any) -> DecodeGraph:
+    def _capture(self, size: int, pages: int, pool: Any, stream: torch.cuda.Stream) -> DecodeGraph:
         """A step of `size` padding rows, which read nothing and write nothing."""
         arrays = no_decodes(self.layout, self.max_pages)
         ids, positions, tables = self._send_decodes(arrays, np.zeros((2, 0), np.int32), size, pages)
@@ -156,23 +156,24 @@ class CudaRunner:
             assert self.backend.finite is not None
             return self.backend.finite
 
-        stream = torch.cuda.Stream()  # lazy set-up of libraries must not happen while capturing
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()
+            step()  # lazy set-up of libraries must not happen while capturing
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             finite = step()
         return DecodeGraph(graph, finite)
 
-    def _capture_pieces(self, size: int, pool: Any) -> Pieces:
+    def _capture_pieces(self, size: int, pool: Any, stream: torch.cuda.Stream) -> Pieces:
         """A step of `size` tokens, at most `_num_asked(size)` of which are asked for logits."""
         num_asked = self._num_asked(size)
         inputs, asked = self._staging.send([np.zeros((2, size), np.int32), np.zeros(num_asked, np.int32)])
-        return Pieces(
-            self.backend, lambda: self._logits[:num_asked].copy_(self._model(inputs[0], inputs[1], asked)), pool
-        )
+
+        def forward() -> None:
+            self._logits[:num_asked].copy_(self._model(inputs[0], inputs[1], asked))
+
+        return Pieces(self.backend, forward, pool, stream)
 
     def _num_asked(self, size: int) -> int:
         return min(size, self._sizes[-1])
@@ -284,7 +285,7 @@ class CudaRunner:
         ids, positions = sent[0]
         if size:
             ids.copy_(self._ids(ids))
-            self._pieces[size].replay(num_tokens)
+            self._pieces[size].replay(num_tokens, to_the_end=num_asked > 0)
             logits = self._logits[:num_asked]
         else:
             some = sent[1] if num_asked else sent[2][:1, 0]  # a model is not asked for no row at all

@@ -1,5 +1,5 @@
 """The draw of a token on a GPU: one program a row, which bisects where the cuts are instead of sorting the vocabulary.
-It knows what `sampler._draw` defines, to the bit but for the device's exp; it refuses to know parameters by name.
+It knows what `sampler._draw` defines, to the bit but for the device's exp and division; it refuses to know requests.
 
 A logit's depth, how far it is below the best in units of the temperature, is a number from 0 up, whose bits as an
 integer are in the order of the numbers: so bits are compared and bisected. Weights are the integers of the definition.
@@ -57,12 +57,12 @@ def _edge(row, V, best, temperature, limit, goal, COUNTS: tl.constexpr, BLOCK: t
     return high
 
 
-@triton.jit
-def _draw(logits, best, tokens, columns, N, V, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["M"])
+def _draw(logits, best, tokens, columns, M, V, stride, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     column = columns + tl.program_id(0)
     index = tl.load(column).to(tl.int64)
-    temperature, min_p_depth = tl.load(column + N).to(tl.float32), tl.load(column + 2 * N).to(tl.float32)
-    top_k, top_p, u = tl.load(column + 3 * N).to(tl.int64), tl.load(column + 4 * N), tl.load(column + 5 * N)
+    temperature, min_p_depth = tl.load(column + M).to(tl.float32), tl.load(column + 2 * M).to(tl.float32)
+    top_k, top_p, u = tl.load(column + 3 * M).to(tl.int64), tl.load(column + 4 * M), tl.load(column + 5 * M)
     row, top = logits + index * stride, tl.load(best + index).to(tl.float32)
 
     limit = min_p_depth.to(tl.int32, bitcast=True)

@@ -79,5 +79,6 @@ def stacked(rows: Sequence[Tensor | None], vocab_size: int) -> Tensor | None:
 
 def unpacked(words: Tensor, vocab_size: int) -> Tensor:
     """[N, W] int32 -> [N, vocab_size] bool, on the same device."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words[:, :, None] >> shifts) & 1).bool().flatten(1)[:, :vocab_size]
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    bits = (words.view(torch.uint8)[:, :, None] >> shifts) & 1  # bytes, lowest first: a quarter of what words take
+    return bits.view(torch.bool).flatten(1)[:, :vocab_size]

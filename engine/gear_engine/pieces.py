@@ -31,19 +31,22 @@ class Cut:
 class Pieces:
     """Holds the graphs of a forward pass over a fixed number of tokens, of which a step may have fewer."""
 
-    def __init__(self, backend: CudaBackend, forward: Callable[[], object], pool: Any) -> None:
-        """`forward` reads its input from, and leaves its result in, memory that stays; `pool` is that of other graphs,
-        which never run at the same time."""
+    def __init__(
+        self, backend: CudaBackend, forward: Callable[[], object], pool: Any, stream: torch.cuda.Stream
+    ) -> None:
+        """`forward` reads its input from, and leaves its result in, memory that stays. `pool` and `stream`: those that
+        other graphs are captured with, which never run at the same time; with both the same they share their memory.
+        """
         self._backend, self._pool = backend, pool
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._cuts: list[Cut] = []
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
                 backend.attend = lambda q, *_: torch.zeros_like(q)
                 forward()  # lazy set-up of libraries must not happen while capturing
                 torch.cuda.synchronize()
+                torch.cuda.empty_cache()  # what that has left can serve no capture
                 backend.attend = self._cut
                 self._begin()
                 forward()
@@ -64,13 +67,17 @@ class Pieces:
         self._cuts.append(Cut(q, k, v, left, scaling, window, softcap))
         return out
 
-    def replay(self, num_tokens: int) -> None:
-        """The pass over the first `num_tokens` rows, with the backend's present tables; other rows hold anything."""
+    def replay(self, num_tokens: int, *, to_the_end: bool) -> None:
+        """The pass over the first `num_tokens` rows, with the backend's present tables; other rows hold anything.
+
+        Not `to_the_end`: up to the last attention, for a step of which nobody wants to know the result.
+        """
         for graph, cut in zip(self._graphs, self._cuts, strict=False):  # there is one graph more
             graph.replay()
             q, k, v, out = (x[:num_tokens] for x in (cut.q, cut.k, cut.v, cut.out))
             self._backend.attend_layer(q, k, v, cut.scaling, cut.window, cut.softcap, out)
-        self._graphs[-1].replay()
+        if to_the_end:
+            self._graphs[-1].replay()
 
 
 def _place_of(tensor: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ def gpu_activations_bytes(config: PreTrainedConfig, layout: Layout, *, tokens: i
     layer = (tokens + captured) * 2 * (4 * hidden + 3 * wide + projections)
     scratch = 2 * 2 * layout.num_kv_heads * layout.head_dim * num_scratch_tokens(layout, max_len, tokens)
     logits = 2 * 2 * rows * config.vocab_size  # as computed, and as the graphs leave them
-    sampling = 6 * rows * config.vocab_size  # a float32 copy that takes penalties, and what a grammar allows
+    # A float32 copy that takes penalties, and what a grammar allows; or the logits of four times as many scored rows.
+    sampling = 8 * rows * config.vocab_size
     return layer + scratch + logits + sampling + GRAPHS_BYTES
 
 

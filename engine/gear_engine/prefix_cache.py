@@ -228,7 +228,7 @@ class PrefixCache:
         return [page.slot for page in self._in_host]
 
     def _save(self, page: Page) -> None:
-        """Its slot is free from now on, and holds it until the move is made."""
+        """Its slot is about to be free, and holds it until the move is made."""
         if self.store is not None and self.store.wants(page.key):
             self.moves.append(Save(page.slot, page.in_host, StoredPage(page.key, page.tokens)))
 

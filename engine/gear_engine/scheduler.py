@@ -363,7 +363,7 @@ class Scheduler:
         """Tokens of its next chunk: fewer where each has a row of logits, for which as much memory is set aside as
         sampling `max_running` rows takes."""
         room = step.room(sequence.num_computed)
-        return min(sequence.num_to_compute, room, 8 * self.max_running if sequence.num_unscored else room)
+        return min(sequence.num_to_compute, room, 4 * self.max_running if sequence.num_unscored else room)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to waiting with all its tokens and none of its slots; its sealed pages it may find again."""

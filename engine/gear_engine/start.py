@@ -290,6 +290,11 @@ def _warm_up(engine: Engine) -> None:
     engine.add(AddRequest("warm-up", tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)))
     while engine.has_work:
         engine.step()
+    for penalty in (1.0, 1.1):  # drawn from logits as the model gives them, and from such as are adjusted in float32
+        params = SamplingParams(max_tokens=1, temperature=1.0, repetition_penalty=penalty, seed=0)
+        engine.add(AddRequest("warm-up", tokens[:1], params))
+        while engine.has_work:
+            engine.step()
 
 
 def _info(prepared: _Prepared) -> EngineInfo:

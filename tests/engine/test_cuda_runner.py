@@ -1,16 +1,20 @@
 """What stands around the GPU's kernels, with these emulated: tables, steps, tokens that stay on the device."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from emulated_kernels import emulate
 from no_waiting import no_waiting
 from tiny_llama import tiny_llama
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gear_compression import PRESETS, layout_for
 from gear_compression.cuda import backend
+from gear_engine import cuda_runner
 from gear_engine.cuda_runner import CudaRunner, decoder_layers
 from gear_engine.engine import Engine, Limits
 from gear_engine.model_loader import LoadedModel
@@ -25,6 +29,30 @@ from gear_engine.slots import SlotAllocator
 PROMPTS = [[(7 * i + j * j) % 500 for j in range(n)] for i, n in enumerate((5, 130, 64, 200, 1))]
 
 
+class OnePass:
+    """What pieces do, in one pass and not captured: on the places that a capture reads, other rows full of NaN."""
+
+    def __init__(self, runner: CudaRunner, size: int) -> None:
+        self.runner, self.num_asked = runner, runner._num_asked(size)
+        self.inputs, self.asked = runner._staging.send(
+            [np.zeros((2, size), np.int32), np.zeros(self.num_asked, np.int32)]
+        )
+
+    def replay(self, num_tokens: int, *, to_the_end: bool) -> None:
+        backend = self.runner.backend
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float) -> Tensor:
+            out = torch.full_like(q, math.nan)
+            some = (x[:num_tokens] for x in (q, k, v))
+            backend.attend_layer(*some, scaling, window, softcap, out[:num_tokens])
+            return out
+
+        backend.attend = attend
+        logits = self.runner._model(*self.inputs, self.asked)
+        backend.attend = backend.attend_layer
+        self.runner._logits[: self.num_asked] = logits if to_the_end else math.nan
+
+
 def texts(
     loaded: LoadedModel,
     preset: str,
@@ -35,6 +63,7 @@ def texts(
     scratch: int | None = None,
     errors: list[PageError] | None = None,
     overlaps: bool = True,
+    pieces: bool = False,
     **params: float,
 ) -> list[list[int]]:
     layout = layout_for(PRESETS[preset], loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, 2, "tiles")
@@ -45,6 +74,10 @@ def texts(
     if scratch:
         runner.backend.scratch_tokens = scratch
     runner.overlaps = overlaps
+    if pieces:
+        runner._logits = torch.empty(8, loaded.vocab_size, dtype=loaded.model.dtype)
+        with torch.inference_mode():
+            runner._pieces = {size: OnePass(runner, size) for size in runner._piece_sizes}
     runner.warm_up()
     scheduler = Scheduler(
         SlotAllocator(num_slots), layout, max_running=8, max_batch_tokens=chunk, eos_token_ids=[], num_host_slots=20
@@ -85,6 +118,17 @@ def test_texts_are_those_of_the_model(preset: str, tolerance: float, chunk: int)
     emulate()
     loaded = tiny_llama()
     assert gap(loaded, texts(loaded, preset, chunk=chunk, scratch=256)) < tolerance
+
+
+@pytest.mark.parametrize("chunk", [400, 50, 9])
+@pytest.mark.parametrize(("preset", "tolerance"), [("none", 0.01), ("near-lossless", 0.2)])
+def test_a_step_padded_for_its_pieces_is_the_same_step(preset: str, tolerance: float, chunk: int) -> None:
+    """Decodes and chunks of any length, with 8 rows of logits at most, and none where a chunk does not end a prompt."""
+    emulate()
+    loaded = tiny_llama()
+    assert gap(loaded, texts(loaded, preset, chunk=chunk, pieces=True)) < tolerance
+    scored = texts(loaded, preset, chunk=chunk, prompt_logprobs=1)
+    assert texts(loaded, preset, chunk=chunk, pieces=True, prompt_logprobs=1) == scored
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -198,8 +242,12 @@ def test_what_finds_no_memory_ends_alone_while_the_next_step_is_launched(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("preset", "tolerance"), [("none", 0.01), ("near-lossless", 0.2), ("gear-4bit", 0.2)])
-@pytest.mark.parametrize("eager", [True, False])
-def test_the_same_on_a_gpu(preset: str, tolerance: float, eager: bool) -> None:
+@pytest.mark.parametrize(("eager", "pieces_tokens"), [(True, 0), (False, 64), (False, 1024)])
+def test_the_same_on_a_gpu(
+    preset: str, tolerance: float, eager: bool, pieces_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 150 tokens: nothing compiled, layer by layer where they are too long for pieces, and in pieces."""
+    monkeypatch.setattr(cuda_runner, "MAX_PIECES_TOKENS", pieces_tokens)
     loaded = tiny_llama("cuda", head_dim=128)
     assert gap(loaded, texts(loaded, preset, chunk=150, eager=eager)) < tolerance
 
