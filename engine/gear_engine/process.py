@@ -60,6 +60,7 @@ def main() -> None:
     _serve(started.engine, socket)
     started.engine.close()
     context.destroy(linger=0)
+    gc.unfreeze()  # else libraries find at exit that their objects outlive them, and say so
 
 
 def _send(socket: zmq.Socket[bytes], message: FromEngine) -> None:

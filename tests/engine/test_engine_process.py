@@ -35,7 +35,7 @@ def config(folder: Path) -> EngineConfig:
     return EngineConfig(model=str(folder), max_model_len=4000)
 
 
-async def test_requests_are_answered_refused_and_aborted(folder: Path) -> None:
+async def test_requests_are_answered_refused_and_aborted(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     client = EngineClient(config(folder))
     failures = []
 
@@ -71,6 +71,7 @@ async def test_requests_are_answered_refused_and_aborted(folder: Path) -> None:
     assert time.monotonic() - start < 4.5
     assert client._directory is not None
     assert not client._directory.exists()
+    assert "leaked" not in capfd.readouterr().err  # as libraries say of what is frozen when the program ends
 
 
 async def test_a_model_that_is_not_there_is_one_sentence() -> None:
