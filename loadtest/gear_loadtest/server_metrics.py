@@ -13,6 +13,9 @@ from http import HTTPStatus
 import aiohttp
 
 _INTERVAL_S = 1.0
+_IDLE_WITHIN_S = 5.0  # of the end of a run before this one, whose cancelled requests may be under way for a step or two
+_IDLE_CHECK_S = 0.1
+_UNDER_WAY = ("gear_requests_running", "gear_requests_waiting", "gear_requests_swapped")
 _TIMEOUT = aiohttp.ClientTimeout(total=5)
 
 GAUGES = (  # name, what it is
@@ -67,7 +70,7 @@ class ServerReport:
 async def watched_server(session: aiohttp.ClientSession, url: str) -> AsyncIterator[ServerReport]:
     """The report is filled when the block ends; a server that stops answering leaves what came before."""
     report = ServerReport()
-    before = await _scrape(session, url)
+    before = await _scrape_idle(session, url)
     if isinstance(before, str):
         report.problem = before
         yield report
@@ -118,6 +121,18 @@ def _fill(report: ServerReport, before: dict[str, float], after: dict[str, float
         if name in before and name in after:
             report.counters[name] = after[name] - before[name]
     report.absent = sorted(_WANTED - report.gauges.keys() - report.counters.keys())
+
+
+async def _scrape_idle(session: aiohttp.ClientSession, url: str) -> dict[str, float] | str:
+    """As `_scrape`, once no request is under way, or as it is if that takes too long: the server has other clients."""
+    last = asyncio.get_running_loop().time() + _IDLE_WITHIN_S
+    while True:
+        values = await _scrape(session, url)
+        if isinstance(values, str) or not any(values.get(name) for name in _UNDER_WAY):
+            return values
+        if asyncio.get_running_loop().time() > last:
+            return values
+        await asyncio.sleep(_IDLE_CHECK_S)
 
 
 async def _scrape(session: aiohttp.ClientSession, url: str) -> dict[str, float] | str:

@@ -6,6 +6,7 @@ from rich.console import Console
 from stub_openai_server import StubServer
 from test_load_run import run_against
 
+from gear_loadtest import server_metrics
 from gear_loadtest.report import Report
 from gear_loadtest.server_metrics import COUNTERS, GAUGES, parse_metrics
 from gear_loadtest.table import render
@@ -53,6 +54,23 @@ async def test_peaks_are_seen_during_the_run():
         report = await run_against(stub.url)
     assert report.server.gauges['gear_pages{state="active"}'].highest == 8
     assert report.server.num_scrapes == 3
+
+
+async def test_a_run_before_is_not_counted():
+    """Requests that it cancelled are under way for a moment, and what they add is not this run's."""
+    running = 'gear_requests_running{model="m"} %d\n'
+    stub = StubServer(metrics=[SCRAPE % (5, 2) + running % 3, SCRAPE % (5, 6) + running % 0, SCRAPE % (1, 9)])
+    async with stub.serve():
+        report = await run_against(stub.url)
+    assert report.server.counters == {'gear_swaps_total{direction="out"}': 3}
+
+
+async def test_a_server_that_others_keep_busy_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr(server_metrics, "_IDLE_WITHIN_S", 0.3)
+    stub = StubServer(metrics=[SCRAPE % (5, 2) + 'gear_requests_waiting{model="m"} 7\n'])
+    async with stub.serve():
+        report = await run_against(stub.url)
+    assert report.server.gauges["gear_requests_waiting"].before == 7
 
 
 async def test_metrics_may_lie_on_a_port_of_their_own():
